@@ -1,0 +1,203 @@
+"""`edit(gaussians, prompt)`: the optimisation loop, as a generator of Steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from splatedit.cameras import RIGS, Cameras, bounds
+from splatedit.diffusion import Draw, guided, repeat, sample_draw
+from splatedit.errors import InputError
+from splatedit.gaussians import Gaussians
+from splatedit.guidance import GUIDANCE, Request
+from splatedit.metrics import psnr
+from splatedit.scenes import Rates, Splats
+
+if TYPE_CHECKING:
+    from splatedit.priors import Prior
+
+
+class Step(NamedTuple):
+    """What one step of an edit leaves behind."""
+
+    index: int  # from 0
+    steps: int  # how many there will be
+    loss: float  # rms of the guidance gradient: how hard the prior still pulls
+    image: Tensor  # (b, 3, h, w) this step's renders, detached
+    gaussians: Gaussians  # the splats after this step (averaged at the end), detached
+    seconds: dict[str, float]  # of this step: render, encode, prior, optimise
+    evaluations: int  # network rows evaluated so far
+    residuals: list[float]  # posterior-mean drift |z_src - z_0| / |z_src| after each FPR iteration; empty but for ids
+    psnr_to_source: float  # dB, of this step's renders
+
+
+class Stopwatch:
+    """Seconds by name."""
+
+    def __init__(self, device: torch.device):
+        self.seconds: dict[str, float] = {"render": 0.0, "encode": 0.0, "prior": 0.0, "optimise": 0.0}
+        self.cuda = device.type == "cuda"
+
+    @contextmanager
+    def __call__(self, name: str):
+        start = time.perf_counter()
+        yield
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.seconds[name] += time.perf_counter() - start
+
+
+def edit(
+    gaussians: Gaussians,
+    prompt: str,
+    source: str | None = None,
+    *,
+    model: str | Prior = "pocket",
+    guidance: str = "ids",
+    guidance_scale: float | None = None,
+    steps: int = 300,
+    seed: int = 0,
+    cameras: Cameras | str = "dome",
+    views: int = 48,
+    up: str | None = None,
+    views_per_step: int = 2,
+    t_range: tuple[float, float] = (0.05, 0.95),
+    anneal: float = 0.5,
+    fpr_iters: int = 3,
+    fpr_lambda: float = 1.0,
+    rates: Rates = Rates(),  # noqa: B008  (an immutable named tuple)
+    final_rate: float = 0.1,
+    average_last: float = 0.25,
+    supersample: int = 2,
+    neighbours: int = 16,
+    background: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    device: str = "auto",
+    offline: bool = False,
+) -> Iterator[Step]:
+    """Edit splats by score distillation; iterate to make it happen, keep the last Step's `gaussians`.
+
+    prompt, source: what the scene shall show and what it shows now; without `source` the prior looks for it (see
+    `priors.find_prompt`). model: "pocket", a hub id, a folder, or a Prior. guidance: a key of `guidance.GUIDANCE`;
+    guidance_scale: classifier-free guidance, 1 is off, None the prior's default. cameras: a rig by name with `views`
+    cameras, or Cameras of the prior's picture size. t_range: fractions of the noise schedule; anneal: how far its
+    upper end falls by the last step (0 keeps it, 1 brings it down to the lower end). fpr_*: see `guidance.fpr`.
+    rates fall to `final_rate` of themselves; the last `average_last` of the steps are averaged into the result.
+    The same arguments give the same splats bit for bit on a CPU. Raises InputError for a mistake in an argument.
+    """
+    from splatedit.priors import Prior, find_prompt, load_prior
+
+    if guidance not in GUIDANCE:
+        raise InputError(f"guidance: {guidance!r} is not known; choose one of {', '.join(GUIDANCE)}.")
+    prior = model if isinstance(model, Prior) else load_prior(model, resolve_device(device), offline=offline)
+    place = prior.device
+    gaussians = gaussians.to(place)
+    extent = bounds(gaussians)
+    rig = rig_for(gaussians, cameras, views, prior.image_size, up)
+    scene = Splats(
+        gaussians, rig, extent.radius, rates, background=background, supersample=supersample, neighbours=neighbours
+    )
+    generator = torch.Generator(place).manual_seed(seed)
+    images, latents = source_views(scene, prior)
+    if source is None:
+        source, _ = find_prompt(prior, latents, generator)
+    scale = prior.default_scale(guidance) if guidance_scale is None else guidance_scale
+    denoise = guided(prior.denoise, prior.null(1), scale)
+    target_text, source_text = (repeat(prior.text([p]), views_per_step) for p in (prompt, source))
+    options = {"iters": fpr_iters, "lam": fpr_lambda} if guidance == "ids" else {}
+    order = view_order(rig.n, steps * views_per_step, generator).view(steps, views_per_step)
+
+    for index in range(steps):
+        watch = Stopwatch(place)
+        chosen = order[index].tolist()
+        with watch("render"):
+            image = scene(chosen).rgb
+        pixels = image.detach().requires_grad_()
+        with watch("encode"):
+            z = prior.encode(pixels)
+        history: list = []
+        with watch("prior"), torch.no_grad():
+            low, high = t_range
+            high = high - (high - low) * anneal * index / max(steps - 1, 1)
+            draw = sample_draw(prior.alphas_cumprod, z, (low, high), generator)
+            request = Request(target_text, source_text, latents[chosen])
+            if guidance == "ids":
+                options["history"] = history
+            gradient = GUIDANCE[guidance](denoise, z.detach(), draw, request, **options)
+        # One backward, in two halves so that each is billed to its own account.
+        with watch("encode"):
+            (upstream,) = torch.autograd.grad(z, pixels, gradient)
+        with watch("render"):
+            image.backward(upstream)
+        with watch("optimise"):
+            scene.step(index / steps, final_rate)
+            if index >= steps * (1 - average_last):
+                scene.average()
+        yield Step(
+            index=index,
+            steps=steps,
+            loss=float(gradient.square().mean().sqrt()),
+            image=image.detach(),
+            gaussians=scene.result(),
+            seconds=watch.seconds,
+            evaluations=prior.evaluations,
+            residuals=drift(history, latents[chosen]),
+            psnr_to_source=psnr(image.detach(), images[chosen]),
+        )
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is CUDA where there is one, else the CPU."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device: {device!r} was asked for, but this torch sees no CUDA GPU; use cpu or auto.")
+    return device
+
+
+def rig_for(gaussians: Gaussians, cameras: Cameras | str, views: int, size: int, up: str | None) -> Cameras:
+    """The cameras of an edit: a rig by name, or the given ones, checked against the prior's picture size."""
+    if isinstance(cameras, str):
+        if cameras not in RIGS:
+            raise InputError(f"cameras: {cameras!r} is not a rig; choose one of {', '.join(RIGS)}.")
+        return RIGS[cameras](gaussians, views, size=size, up=up)
+    if (cameras.width, cameras.height) != (size, size):
+        found = f"{cameras.width}x{cameras.height}"
+        raise InputError(f"cameras: pictures of {found}, but the prior wants {size}x{size}; use cameras.resized.")
+    return cameras
+
+
+@torch.no_grad()
+def source_views(scene: Splats, prior: Prior, chunk: int = 8) -> tuple[Tensor, Tensor]:
+    """Renders and latents of the frozen source, once per camera; raises InputError if no camera sees anything."""
+    images, latents, seen = [], [], 0.0
+    for start in range(0, scene.cameras.n, chunk):
+        drawn = scene(list(range(start, min(start + chunk, scene.cameras.n))), scene.source)
+        images.append(drawn.rgb)
+        latents.append(prior.encode(drawn.rgb))
+        seen = max(seen, float(drawn.alpha.max()))
+    if seen < 0.05:
+        raise InputError("cameras: none of them sees any Gaussian of the scene; check --up and the cameras.")
+    return torch.cat(images), torch.cat(latents)
+
+
+def view_order(count: int, draws: int, generator: torch.Generator) -> Tensor:
+    """Every camera once, in random order, then again: no view waits long for its turn."""
+    rounds = -(-draws // count)
+    orders = [torch.randperm(count, generator=generator, device=generator.device) for _ in range(rounds)]
+    return torch.cat(orders)[:draws]
+
+
+def drift(history: list, z_source: Tensor) -> list[float]:
+    """Posterior-mean drift |z_src - z_0| / |z_src| after each FPR iteration, mean over the step's views."""
+    if not history:
+        return []
+    size = z_source.flatten(1).norm(dim=1)
+    return (history[0].residuals / size).mean(1).tolist()
+
+
+__all__ = ["Draw", "Step", "edit"]

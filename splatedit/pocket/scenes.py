@@ -1,0 +1,185 @@
+"""Make the splats in `scenes/` from the CC0 meshes: `python -m splatedit.pocket.scenes --meshes FOLDER cat dog`.
+
+A scene starts as flat discs spread evenly over the surface that can be seen, and is then refined against pictures of
+the mesh with the project's own renderer. Files are written y down, as COLMAP, the INRIA trainer and most viewers expect.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from splatedit.cameras import Cameras
+from splatedit.errors import InputError
+from splatedit.gaussians import Gaussians
+from splatedit.pocket.meshes import Mesh, draw, load_mesh, look_at, shade
+from splatedit.pocket.views import FOV, caption
+
+# From the y-up frame of meshes.py to the y-down frame of the scene files: half a turn about x, its own inverse.
+FLIP = np.diag([1.0, -1.0, -1.0, 1.0]).astype(np.float32)
+SH_C0 = 0.28209479177387814  # degree-0 spherical harmonic: colour = 0.5 + SH_C0 * sh0
+DISC = 0.62  # in-plane sigma of a fresh disc, in spacings
+FLATNESS = 0.2  # its sigma along the normal, in in-plane sigmas
+OPACITY = 3.0  # logit: 0.95, opaque yet not saturated, so that an edit's gradient still reaches it
+COMMENT = "made by splatedit from Kenney Cube Pets (CC0)"
+
+
+class Surface(NamedTuple):
+    """Points on the visible surface of a mesh, in the scene frame."""
+
+    points: np.ndarray  # (n, 3) float32
+    normals: np.ndarray  # (n, 3) float32, unit length
+    colors: np.ndarray  # (n, 3) float32, sRGB in [0, 1], shading included
+    detailed: np.ndarray  # (n,) bool: a colour edge or a crease passes nearby
+
+
+def to_scene(mesh: Mesh) -> Mesh:
+    """The mesh in the y-down frame of the scene files, its colours replaced by the baked shading."""
+    turn = FLIP[:3, :3]
+    return Mesh(mesh.corners @ turn, mesh.normals @ turn, shade(mesh))
+
+
+def cameras_from(matrices: list[np.ndarray], size: int, shift: np.ndarray | None = None) -> Cameras:
+    """Square pinhole cameras of the default field of view; `shift` (c, 2) moves their principal points, in pixels."""
+    focal = size / 2 / math.tan(math.radians(FOV) / 2)
+    K = np.tile(np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], np.float32), (len(matrices), 1, 1))
+    if shift is not None:
+        K[:, :2, 2] += shift
+    return Cameras(torch.from_numpy(np.stack(matrices).astype(np.float32)), torch.from_numpy(K), size, size)
+
+
+def random_cameras(count: int, size: int, rng: np.random.Generator) -> Cameras:
+    """Cameras in the scene frame that look at the whole animal from any side, below and above included."""
+    matrices = []
+    for _ in range(count):
+        # Uniform in height covers the sphere evenly; the cut keeps a definite "up" at both poles.
+        elevation = math.degrees(math.asin(rng.uniform(-0.9, 0.985)))
+        matrices.append(look_at(rng.uniform(0, 360), elevation, rng.uniform(1.9, 2.7)) @ FLIP)
+    return cameras_from(matrices, size, rng.uniform(-0.5, 0.5, (count, 2)).astype(np.float32))
+
+
+def even_cameras(count: int, size: int, distance: float = 2.4) -> Cameras:
+    """Cameras spread evenly over the sphere (Fibonacci lattice) around the animal, in the scene frame."""
+    heights = 0.985 - 1.97 * (np.arange(count) + 0.5) / count
+    turns = np.arange(count) * 180 * (3 - math.sqrt(5))
+    angles = [(turn % 360, math.degrees(math.asin(h))) for turn, h in zip(turns, heights, strict=True)]
+    return cameras_from([look_at(a, e, distance) @ FLIP for a, e in angles], size)
+
+
+def ground_truth(
+    mesh: Mesh, cameras: Cameras, background=(1.0, 1.0, 1.0), supersample: int = 4
+) -> tuple[Tensor, Tensor]:
+    """Draw the mesh as the cameras of a scene file (y down) see it.
+
+    mesh: as `load_mesh` gives it (y up). background: three numbers in [0, 1], or (c, 3) with one colour per camera.
+    Returns images (c, 3, h, w) in [0, 1] and coverage masks (c, 1, h, w) in [0, 1]. Raises InputError if the pixels
+    of a camera are not square.
+    """
+    scene = to_scene(mesh)
+    colors = np.broadcast_to(np.asarray(background, np.float32), (cameras.n, 3))
+    size, images, masks = max(cameras.width, cameras.height), [], []
+    for w2c, K, color in zip(cameras.w2c.cpu().numpy(), cameras.K.cpu().numpy(), colors, strict=True):
+        if abs(K[0, 0] - K[1, 1]) > 1e-3 * K[0, 0]:
+            raise InputError(f"camera: focal lengths {K[0, 0]:g} and {K[1, 1]:g} differ; square pixels are needed.")
+        image, mask = draw(
+            scene.corners, scene.colors, w2c.astype(np.float32), float(K[0, 0]), K[:2, 2], size, color, supersample
+        )
+        images.append(image[: cameras.height, : cameras.width])
+        masks.append(mask[: cameras.height, : cameras.width, None])
+    return tuple(torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2).contiguous() for x in (images, masks))
+
+
+# -------------------------------------------------------------------------------------------------- sampled from views
+def visible_surface(mesh: Mesh, count: int, rng: np.random.Generator, views: int = 96, size: int = 256) -> Surface:
+    """`count` random points of the surface that can be seen from outside (fewer if the views show fewer).
+
+    The mesh is drawn with positions and normals in place of colours, so that what is hidden is never sampled.
+    """
+    scene, cameras, parts = to_scene(mesh), even_cameras(views, size), []
+    for w2c, K in zip(cameras.w2c.numpy(), cameras.K.numpy(), strict=True):
+        maps = [
+            draw(scene.corners, np.ascontiguousarray(v), w2c, float(K[0, 0]), K[:2, 2], size, (0.0, 0.0, 0.0), 1)
+            for v in scene
+        ]
+        covered = maps[0][1] > 0
+        point, normal, color = (image for image, _ in maps)
+        seen = [v[covered] for v in (point, normal, color, _detail(point, normal, color, covered))]
+        parts.append(seen)
+    points, normals, colors, detailed = (np.concatenate(v) for v in zip(*parts, strict=True))
+    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-6)
+    order = rng.permutation(len(points))[:count]
+    return Surface(points[order], normals[order], colors[order], detailed[order])
+
+
+def _detail(point, normal, color, covered, reach: int = 2) -> np.ndarray:
+    """Pixels (h, w) of the drawn maps with a colour edge or crease of the same surface within `reach` pixels."""
+    found = np.zeros_like(covered)
+    for dy, dx in ((0, reach), (reach, 0), (0, -reach), (-reach, 0)):
+        other = [np.roll(v, (dy, dx), (0, 1)) for v in (point, normal, color, covered)]
+        near = np.linalg.norm(point - other[0], axis=-1) < 0.05  # not across the gap between an ear and the back
+        crease = (normal * other[1]).sum(-1) < 0.8
+        edge = np.abs(color - other[2]).max(-1) > 0.08
+        found |= near & other[3] & (crease | edge)
+    return found & covered
+
+
+def spread(surface: Surface, count: int, tolerance: float = 0.01) -> tuple[np.ndarray, np.ndarray]:
+    """Choose about `count` evenly spaced points by dart throwing, closer together where there is detail.
+
+    Returns their indices and the spacing kept around each, scene units.
+    """
+    factor = np.where(surface.detailed, 0.7, 1.1)
+    low, high, spacing = 0.0, 0.2, 0.02
+    for _ in range(20):
+        chosen = _throw(surface, spacing * factor, 0.5 * spacing)
+        if abs(len(chosen) - count) <= tolerance * count:
+            break
+        low, high = (spacing, high) if len(chosen) > count else (low, spacing)
+        # The count falls with the square of the spacing; bisect where that guess leaves the bracket.
+        guess = spacing * math.sqrt(len(chosen) / count)
+        spacing = guess if low < guess < high else (low + high) / 2
+    return chosen, spacing * factor[chosen]
+
+
+def _throw(surface: Surface, radius: np.ndarray, lift: float) -> np.ndarray:
+    """Accept the points in order, dropping those within `radius` of an accepted one."""
+    from scipy.spatial import cKDTree
+
+    # Lifted by the normal: the two sides of a thin ear, or of a crease, do not compete for the same place.
+    lifted = np.concatenate([surface.points, lift * surface.normals], 1)
+    tree, free, chosen = cKDTree(lifted), np.ones(len(lifted), bool), []
+    for i in range(len(lifted)):
+        if free[i]:
+            chosen.append(i)
+            free[tree.query_ball_point(lifted[i], radius[i])] = False
+    return np.array(chosen)
+
+
+def discs(surface: Surface, chosen: np.ndarray, spacing: np.ndarray) -> Gaussians:
+    """Flat opaque discs, degree 0, lying on the surface at the chosen points."""
+    flat = torch.from_numpy(np.log(DISC * spacing).astype(np.float32))
+    colors = torch.from_numpy(surface.colors[chosen].astype(np.float32))
+    return Gaussians(
+        means=torch.from_numpy(surface.points[chosen].astype(np.float32)),
+        quats=quats_along(torch.from_numpy(surface.normals[chosen].astype(np.float32))),
+        scales=torch.stack([flat, flat, flat + math.log(FLATNESS)], 1),
+        opacities=torch.full((len(chosen),), OPACITY),
+        sh0=((colors - 0.5) / SH_C0)[:, None],
+        shN=torch.zeros(len(chosen), 0, 3),
+        comments=(COMMENT,),
+    )
+
+
+def quats_along(normals: Tensor) -> Tensor:
+    """Unit quaternions wxyz (n, 4) of the shortest rotations that take +z to the normals (n, 3)."""
+    x, y, z = normals.unbind(-1)
+    quats = torch.stack([1 + z, -y, x, torch.zeros_like(z)], -1)
+    quats[z < -0.9999] = torch.tensor([0.0, 1.0, 0.0, 0.0])  # half a turn about x, where the formula vanishes
+    return quats / quats.norm(dim=-1, keepdim=True)

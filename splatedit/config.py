@@ -1,0 +1,245 @@
+"""Settings: one flat dataclass. Defaults < yaml file < command-line options < `key=value` words; a typo stops at once.
+
+Only run.py and cli.py see a Config; the code below them takes ordinary arguments. The defaults of the edit are those of
+`editing.edit`, repeated here so that `splatedit --help` need not import torch (a test compares them).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from splatedit.errors import InputError
+
+GUIDANCES = ("ids", "dds", "sds")  # the keys of guidance.GUIDANCE
+RIGS = ("orbit", "dome")  # the keys of cameras.RIGS
+UPS = ("+x", "-x", "+y", "-y", "+z", "-z")  # cameras.UPS
+TEXT = ("scene", "prompt", "source_prompt", "guidance", "model", "output_dir", "device", "cameras", "up")
+
+
+def key(default: Any, help: str) -> Any:
+    """A field of Config with the sentence that the help prints."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """Everything that decides what a run does. Fields are the keys of config.yaml and of `key=value` words."""
+
+    scene: str = key("", "splat file to edit (.ply); it is only read")
+    prompt: str = key("", "what the scene shall show")
+    source_prompt: str | None = key(None, "what the scene shows now; else its sidecar says, else the model finds it")
+    guidance: str = key("ids", "ids, dds or sds")
+    guidance_scale: float | None = key(None, "classifier-free guidance, 1 is off; null: what suits model and guidance")
+    model: str = key("pocket", "pocket (bundled), a Stable Diffusion hub id, or a diffusers folder")
+    offline: bool = key(False, "never ask the hub; use what is in the cache")
+    device: str = key("auto", "auto, cpu, cuda or cuda:N")
+    steps: int = key(300, "optimisation steps")
+    seed: int = key(0, "seed of all randomness")
+    fpr_iters: int = key(3, "ids: fixed-point iterations of a step")
+    fpr_lambda: float = key(1.0, "ids: step size of these iterations")
+    cameras: str = key("dome", "orbit, dome, or with a number of views: dome:48")
+    up: str | None = key(None, "up axis of the scene, +x -x +y -y +z or -z; null: its sidecar says, else guessed")
+    views_per_step: int = key(2, "cameras drawn in each step")
+    t_range: list[float] = key([0.05, 0.95], "noise levels drawn from, fractions of the schedule")
+    anneal: float = key(0.5, "how far the upper noise level falls by the last step: 0 not, 1 to the lower one")
+    lr_means: float = key(2e-3, "learning rate of positions, in scene radii; 0 freezes them (so for each lr_*)")
+    lr_quats: float = key(2e-3, "learning rate of rotations")
+    lr_scales: float = key(5e-3, "learning rate of log sizes")
+    lr_opacities: float = key(2e-2, "learning rate of logit opacities")
+    lr_sh0: float = key(1e-2, "learning rate of colours")
+    lr_shN: float = key(0.0, "learning rate of view-dependent colours")
+    final_rate: float = key(0.1, "learning rates fall to this share of themselves")
+    average_last: float = key(0.25, "share of the steps, from the last, whose splats are averaged into the result")
+    supersample: int = key(2, "pictures are drawn this many times larger, then averaged down")
+    neighbours: int = key(16, "each gradient is averaged over this many nearest splats; 0 is off")
+    background: list[float] = key([1.0, 1.0, 1.0], "red, green, blue behind the splats, in [0, 1]")
+    output_dir: str = key("outputs", "folder that gets <scene>/<prompt>@<time>/")
+    viewer: bool = key(False, "live viewer (not in this version yet)")
+
+
+NOUNS = {
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "list[float]": "numbers in brackets, [a, b]",
+}
+KEYS = {f.name: f.metadata["help"] for f in fields(Config)}
+
+
+def load_config(
+    file: str | Path | None = None, options: Mapping[str, Any] | None = None, words: Iterable[str] = ()
+) -> Config:
+    """Merge defaults, a yaml `file`, `options` (None means not given) and `key=value` `words`; later ones win.
+
+    Raises InputError for an unknown key (naming the nearest), a value of the wrong type or out of range.
+    """
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    if file is not None:
+        layers.append((str(file), read_yaml(Path(file))))
+    layers.append(("", {k: v for k, v in (options or {}).items() if v is not None}))
+    layers.extend(("", parse_word(word)) for word in words)
+    merged: dict[str, Any] = asdict(Config())
+    for where, layer in layers:
+        for name, value in layer.items():
+            known(name, where)
+            merged[name] = typed(name, value, where)
+    config = Config(**merged)
+    check(config)
+    return config
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write config.yaml: every key, so that `--config` repeats the run."""
+    from omegaconf import OmegaConf
+
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))), encoding="utf-8")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a yaml settings file; raises InputError if it cannot be read or is not a mapping."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    try:
+        loaded = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise InputError(f"{path}: cannot be read ({reason}); expected a yaml file of key: value lines.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise InputError(f"{path}:{line} not valid yaml; expected key: value lines, as in config.yaml.") from None
+    content = OmegaConf.to_container(loaded, resolve=False)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected key: value lines, as in a run's config.yaml.")
+    return {str(k): v for k, v in content.items()}
+
+
+def parse_word(word: str) -> dict[str, Any]:
+    """`key=value` as a one-entry dictionary. The value of a text key is taken as it stands, others are read as yaml."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise InputError(f"{word!r}: expected key=value (a prompt of several words needs quotes); {near(word)}")
+    known(name)
+    if name in TEXT:
+        optional = getattr(Config, name) is None
+        return {name: None if optional and value == "null" else value}
+    try:
+        return {name: OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=False)[name]}  # type: ignore
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError):
+        raise InputError(f"{name}: {value!r} cannot be read; write a number, true, false, null or [a, b].") from None
+
+
+def typed(name: str, value: Any, where: str = "") -> Any:
+    """`value` as the type of the field, checked by omegaconf; raises InputError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    place = f"{where}: {name}" if where else name
+    if isinstance(value, str):
+        if name in TEXT:
+            return value  # never through omegaconf, which would read ${...} in a prompt as its own
+        if "${" in value:
+            raise InputError(f"{place}: {value!r} is not understood; settings know no interpolation.")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), {name: value})
+        return OmegaConf.to_container(merged)[name]  # type: ignore
+    except (OmegaConfBaseException, ValueError, TypeError):
+        kind, _, optional = str(Config.__annotations__[name]).partition(" | ")
+        wanted = NOUNS[kind] + (" or null" if optional else "")
+        raise InputError(f"{place}: found {value!r}, expected {wanted} ({KEYS[name]}).") from None
+
+
+def known(name: str, where: str = "") -> None:
+    """Raise InputError, naming the nearest key, unless `name` is a key."""
+    if name not in KEYS:
+        place = f"{where}: " if where else ""
+        raise InputError(f"{place}{name!r} is not a setting; {near(name)}")
+
+
+def near(name: str) -> str:
+    """What to do about an unknown key."""
+    matches = difflib.get_close_matches(name.strip("-").replace("-", "_"), KEYS, n=1, cutoff=0.5)
+    if matches:
+        return f"did you mean {matches[0]!r}?"
+    return "`splatedit run --help` lists them."
+
+
+def check(config: Config) -> None:
+    """Raise InputError for a value out of range; what only torch knows (a GPU, say) is checked by the run."""
+    choose("guidance", config.guidance, GUIDANCES)
+    if config.up is not None:
+        choose("up", config.up, UPS)
+    rig(config.cameras)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
+        raise InputError(f"device: {config.device!r} is not known; choose auto, cpu, cuda or cuda:N.")
+    for name, low, high in (
+        ("steps", 1, math.inf),
+        ("seed", 0, 2**63 - 1),
+        ("fpr_iters", 0, math.inf),
+        ("fpr_lambda", 0.0, math.inf),
+        ("views_per_step", 1, math.inf),
+        ("anneal", 0.0, 1.0),
+        ("final_rate", 0.0, 1.0),
+        ("average_last", 0.0, 1.0),
+        ("supersample", 1, 8),
+        ("neighbours", 0, math.inf),
+        *((f"lr_{k}", 0.0, math.inf) for k in ("means", "quats", "scales", "opacities", "sh0", "shN")),
+    ):
+        within(name, getattr(config, name), low, high)
+    if config.final_rate == 0:
+        raise InputError("final_rate: found 0, expected more than 0 and at most 1.")
+    if config.guidance_scale is not None:
+        within("guidance_scale", config.guidance_scale, 0.0, math.inf)
+    colour(config.background, "background")
+    if len(config.t_range) != 2 or not 0 <= config.t_range[0] < config.t_range[1] <= 1:
+        raise InputError(f"t_range: found {config.t_range}, expected two numbers, 0 <= low < high <= 1.")
+
+
+def within(name: str, value: float, low: float, high: float) -> None:
+    if not (low <= value <= high and math.isfinite(value)):
+        span = f"from {low} to {high}" if math.isfinite(high) else f"{low} or more"
+        raise InputError(f"{name}: found {value}, expected {span}.")
+
+
+def choose(name: str, value: str, choices: Iterable[str]) -> None:
+    choices = tuple(choices)
+    if value not in choices:
+        matches = difflib.get_close_matches(value, choices, n=1)
+        hint = f" (did you mean {matches[0]!r}?)" if matches else ""
+        raise InputError(f"{name}: {value!r} is not known{hint}; choose one of {', '.join(choices)}.")
+
+
+def colour(value: Iterable[float], name: str) -> tuple[float, float, float]:
+    """Three numbers in [0, 1] as a tuple; raises InputError."""
+    numbers = tuple(float(v) for v in value)
+    if len(numbers) != 3 or not all(0 <= v <= 1 for v in numbers):
+        raise InputError(f"{name}: found {list(numbers)}, expected red, green, blue in [0, 1].")
+    return numbers
+
+
+def rig(text: str) -> tuple[str, int | None]:
+    """`dome:48` as ("dome", 48), `dome` as ("dome", None); raises InputError."""
+    name, colon, count = text.partition(":")
+    if name not in RIGS:
+        raise InputError(
+            f"cameras: {text!r} is not a rig; choose orbit, dome or dome:N (files of cameras cannot be read yet)."
+        )
+    if not colon:
+        return name, None
+    if not count.isdecimal() or not 1 <= int(count) <= 1000:
+        raise InputError(f"cameras: {text!r} wants a number of views from 1 to 1000, as in {name}:48.")
+    return name, int(count)

@@ -1,0 +1,196 @@
+"""Gaussian splatting in plain torch: the definition that the compiled kernels and gsplat are tested against.
+
+Any float type, any device, any derivative; slow. Written from the formulas of EWA splatting (Zwicker et al. 2001),
+3D Gaussian splatting (arXiv 2308.04079) and Mip-Splatting's compensation (arXiv 2311.16493), with gsplat's constants.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from splatedit.raster.constants import ALPHA_MAX, ALPHA_MIN, EXTEND, MIN_COMPENSATION, T_STOP
+
+TILE = 16  # pixels; composited one by one, to hold (Gaussians of a tile) x (256 pixels) at a time
+
+
+def rotation(quats: Tensor) -> Tensor:
+    """Rotation matrices (..., 3, 3) of quaternions (..., 4), wxyz, of any length but 0."""
+    w, x, y, z = nnf.normalize(quats, dim=-1).unbind(-1)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
+def project(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+    near_plane: float,
+    far_plane: float,
+    radius_clip: float,
+    eps2d: float,
+    antialiased: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The ellipses of n Gaussians in c cameras.
+
+    radii (c, n, 2) int32: half the bounding box in pixels, 0 for a Gaussian that is not drawn. means2d (c, n, 2) in
+    pixels; depths (c, n); conics (c, n, 3): xx, xy, yy of the inverse covariance; compensations (c, n): the factor by
+    which the blur of eps2d square pixels thins the Gaussian out.
+    """
+    shape = rotation(quats) * scales[:, None, :]
+    world_to_camera = viewmats[:, None, :3, :3]
+    x, y, z = (means @ viewmats[:, :3, :3].mT + viewmats[:, None, :3, 3]).unbind(-1)
+    fx, fy, cx, cy = (Ks[:, None, i, j] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    in_front = (z >= near_plane) & (z <= far_plane)
+    z_safe = torch.where(in_front, z, 1.0)
+    u, v = x / z_safe, y / z_safe
+    # the Jacobian is that of the point moved into the frustum and 15 % of the image around it
+    margin_x, margin_y = 0.15 * width / fx, 0.15 * height / fy
+    uc = u.clamp(-cx / fx - margin_x, (width - cx) / fx + margin_x)
+    vc = v.clamp(-cy / fy - margin_y, (height - cy) / fy + margin_y)
+    zero = torch.zeros_like(z)
+    rows = [[fx / z_safe, zero, -fx * uc / z_safe], [zero, fy / z_safe, -fy * vc / z_safe]]
+    jacobian = torch.stack([torch.stack(row, -1) for row in rows], -2)
+    b = jacobian @ world_to_camera @ shape
+    covariance = b @ b.mT
+    cxx, cxy, cyy = covariance[..., 0, 0], covariance[..., 0, 1], covariance[..., 1, 1]
+    sharp = cxx * cyy - cxy * cxy
+    cxx, cyy = cxx + eps2d, cyy + eps2d
+    det = cxx * cyy - cxy * cxy
+    drawable = in_front & (det > 0)
+    det = torch.where(drawable, det, 1.0)
+    square = sharp / det
+    # gsplat's gradient does not know of this bound, hence detach; 1e-12 keeps the root's gradient finite
+    square = square + (square.clamp_min(max(MIN_COMPENSATION**2, 1e-12)) - square).detach()
+    compensations = square.sqrt()
+    means2d = torch.stack([fx * u + cx, fy * v + cy], -1)
+    conics = torch.stack([cyy / det, -cxy / det, cxx / det], -1)
+    with torch.no_grad():
+        opacity = opacities * compensations if antialiased else opacities.expand_as(z)
+        extend = (2 * (opacity / ALPHA_MIN).clamp_min(1).log()).sqrt().clamp_max(EXTEND)
+        radii = (extend[..., None] * torch.stack([cxx, cyy], -1).sqrt()).ceil().clamp_max(2.0**30)
+        seen = drawable & (opacity >= ALPHA_MIN) & (radii > radius_clip).any(-1)
+        size = torch.tensor([width, height], dtype=z.dtype, device=z.device)
+        seen &= ((means2d + radii > 0) & (means2d - radii < size)).all(-1)
+        radii = torch.where(seen[..., None], radii, 0.0).int()
+    return radii, means2d, z, conics, compensations
+
+
+def basis(degree: int, directions: Tensor) -> Tensor:
+    """Real spherical harmonics (..., (degree + 1)^2) of unit vectors (..., 3), degree 0 to 3, gsplat's order and signs."""
+    x, y, z = directions.unbind(-1)
+    values = [torch.full_like(x, 0.2820947917738781)]
+    if degree >= 1:
+        values += [-0.48860251190292 * y, 0.48860251190292 * z, -0.48860251190292 * x]
+    if degree >= 2:
+        values += [
+            1.0925484305920792 * x * y,
+            -1.0925484305920792 * y * z,
+            0.9461746957575601 * z * z - 0.3153915652525201,
+            -1.0925484305920792 * x * z,
+            0.5462742152960395 * (x * x - y * y),
+        ]
+    if degree >= 3:
+        values += [
+            -0.5900435899266435 * y * (3 * x * x - y * y),
+            2.890611442640554 * x * y * z,
+            y * (0.4570457994644658 - 2.285228997322329 * z * z),
+            z * (1.865881662950577 * z * z - 1.119528997770346),
+            x * (0.4570457994644658 - 2.285228997322329 * z * z),
+            1.445305721320277 * z * (x * x - y * y),
+            -0.5900435899266435 * x * (x * x - 3 * y * y),
+        ]
+    return torch.stack(values, -1)
+
+
+def colour(degree: int, means: Tensor, eyes: Tensor, coefficients: Tensor, radii: Tensor) -> Tensor:
+    """max(SH + 1/2, 0) seen from eyes (c, 3): (c, n, 3). coefficients (n, k, 3) or (c, n, k, 3); radii are not used."""
+    b = basis(degree, nnf.normalize(means - eyes[:, None], dim=-1))
+    return (torch.einsum("cnk,...nkd->cnd", b, coefficients[..., : b.shape[-1], :]) + 0.5).clamp_min(0)
+
+
+def composite(
+    means2d: Tensor,
+    conics: Tensor,
+    colours: Tensor,
+    opacities: Tensor,
+    backgrounds: Tensor | None,
+    radii: Tensor,
+    depths: Tensor,
+    width: int,
+    height: int,
+    divide: bool,
+    absgrad: bool,
+) -> tuple[Tensor, Tensor]:
+    """image (c, h, w, d) and alphas (c, h, w, 1): front to back, image = sum of alpha T colour + T_end background."""
+    if absgrad:
+        means2d.absgrad = torch.zeros_like(means2d)  # pyright: ignore[reportAttributeAccessIssue]
+    images, alphas = [], []
+    for c in range(len(means2d)):
+        absolute = means2d.absgrad[c] if absgrad else None  # pyright: ignore[reportAttributeAccessIssue]
+        splats = (means2d[c], conics[c], colours[c], opacities[c])
+        image, alpha = _composite_camera(splats, radii[c], depths[c], width, height, absolute)
+        if backgrounds is not None:
+            image = image + (1 - alpha) * backgrounds[c]
+        if divide:
+            image = torch.cat([image[..., :-1], image[..., -1:] / alpha.clamp_min(1e-10)], -1)
+        images.append(image)
+        alphas.append(alpha)
+    return torch.stack(images), torch.stack(alphas)
+
+
+def _composite_camera(
+    splats: tuple[Tensor, ...], radii: Tensor, depths: Tensor, width: int, height: int, absolute: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    order = torch.argsort(depths.detach().float(), stable=True)
+    order = order[(radii[order] > 0).all(-1)]
+    low, high = splats[0].detach()[order] - radii[order], splats[0].detach()[order] + radii[order]
+    lines = []
+    for y in range(0, height, TILE):
+        line = []
+        for x in range(0, width, TILE):
+            corner = torch.tensor([x, y], dtype=low.dtype, device=low.device)
+            near = order[((high > corner) & (low < corner + TILE)).all(-1)]
+            line.append(_composite_tile(splats, near, x, y, min(TILE, width - x), min(TILE, height - y), absolute))
+        lines.append(torch.cat(line, 1))
+    image = torch.cat(lines, 0)
+    return image[..., :-1], image[..., -1:]
+
+
+def _composite_tile(
+    splats: tuple[Tensor, ...], near: Tensor, x: int, y: int, wide: int, high: int, absolute: Tensor | None
+) -> Tensor:
+    """(high, wide, d + 1): the channels without background, and alpha, of the pixels whose first corner is (x, y)."""
+    means2d, conics, colours, opacities = (t[near] for t in splats)
+    options: Any = dict(dtype=means2d.dtype, device=means2d.device)
+    rows, columns = torch.arange(y, y + high, **options), torch.arange(x, x + wide, **options)
+    pixels = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1).reshape(-1, 2) + 0.5
+    offset = means2d[:, None] - pixels  # (n, pixels, 2)
+    if absolute is not None and offset.requires_grad:
+        offset.register_hook(lambda v: _collect(absolute, near, v))
+    dx, dy = offset.unbind(-1)
+    a, b, c = conics[:, None].unbind(-1)
+    sigma = 0.5 * (a * dx * dx + c * dy * dy) + b * dx * dy
+    alpha = (opacities[:, None] * torch.exp(-sigma.clamp_min(0))).clamp_max(ALPHA_MAX)
+    alpha = torch.where((sigma >= 0) & (alpha >= ALPHA_MIN), alpha, 0.0)
+    # T only falls, so "at or below T_STOP after this one" holds for the one that ends the pixel and all behind it
+    alpha = torch.where((1 - alpha).cumprod(0) > T_STOP, alpha, 0.0)
+    after = torch.cat([torch.ones_like(pixels[None, :, 0]), (1 - alpha).cumprod(0)])
+    image = torch.einsum("np,nd->pd", alpha * after[:-1], colours)
+    return torch.cat([image, 1 - after[-1:].T], -1).reshape(high, wide, -1)
+
+
+def _collect(absolute: Tensor, near: Tensor, v: Tensor) -> None:
+    absolute.index_add_(0, near, v.detach().abs().sum(1))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from splatedit.cameras import Cameras
 from splatedit.errors import InputError
+from splatedit.files import atomic
 from splatedit.gaussians import Gaussians
 from splatedit.rendering import WHITE, render
 
@@ -48,83 +50,76 @@ def sheet(images: Iterable[np.ndarray], columns: int, gap: int = 2) -> np.ndarra
     return page
 
 
-def save_png(image: np.ndarray, path: str | Path) -> None:
+def save_png(image: np.ndarray, path: str | Path | IO[bytes]) -> None:
     """Write one picture (h, w, 3) uint8."""
     Image.fromarray(image).save(path, format="PNG")
 
 
-def save_folder(frames: Iterable[np.ndarray], path: str | Path, fps: float = 24) -> None:
-    """Write frames as 000.png, 001.png, ...; raises InputError if the folder holds pictures already."""
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("*.png")):  # a shorter film would leave the tail of a longer one behind
-        raise InputError(f"{path}: the folder holds .png files already; name a new one.")
-    for index, frame in enumerate(frames):
-        save_png(frame, folder / f"{index:03d}.png")
-
-
-def save_first(frames: Iterable[np.ndarray], path: str | Path, fps: float = 24) -> None:
+def save_first(frames: Iterable[np.ndarray], stream: IO[bytes], fps: float) -> None:
     """Write the first frame as a PNG."""
-    save_png(next(iter(frames)), path)
+    save_png(next(iter(frames)), stream)
 
 
-def save_animation(frames: Iterable[np.ndarray], path: str | Path, fps: float = 24) -> None:
-    """Write an endlessly repeating GIF or animated PNG, by the ending of `path`."""
+def save_gif(frames: Iterable[np.ndarray], stream: IO[bytes], fps: float, format: str = "GIF") -> None:
+    """Write an endlessly repeating GIF."""
     first, *rest = (Image.fromarray(frame) for frame in frames)
-    kind = "GIF" if Path(path).suffix.lower() == ".gif" else "PNG"
-    first.save(path, format=kind, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
+    first.save(stream, format=format, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
 
 
-def save_mp4(frames: Iterable[np.ndarray], path: str | Path, fps: float = 24) -> None:
+def save_apng(frames: Iterable[np.ndarray], stream: IO[bytes], fps: float) -> None:
+    """Write an endlessly repeating animated PNG: larger than GIF, all colours."""
+    save_gif(frames, stream, fps, format="PNG")
+
+
+def save_mp4(frames: Iterable[np.ndarray], stream: IO[bytes], fps: float) -> None:
     """Write an H.264 film that browsers play; an odd edge is padded by one pixel, as the format wants even sizes."""
     import av
 
-    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = None
-        for frame in frames:
+    with av.open(stream, "w", format="mp4") as container:
+        film = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "18"})
+        film.pix_fmt = "yuv420p"
+        for index, frame in enumerate(frames):
             frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
-            if stream is None:
-                stream = container.add_stream("libx264", rate=round(fps), options={"crf": "18", "preset": "medium"})
-                stream.height, stream.width, stream.pix_fmt = frame.shape[0], frame.shape[1], "yuv420p"
-            for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")):
-                container.mux(packet)
-        if stream is not None:
-            for packet in stream.encode():
-                container.mux(packet)
+            if index == 0:
+                film.height, film.width = frame.shape[:2]
+            container.mux(film.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(film.encode())
 
 
-WRITERS: dict[str, Callable[..., None]] = {
+WRITERS: dict[str, Callable[[Iterable[np.ndarray], IO[bytes], float], None]] = {
     ".mp4": save_mp4,
+    ".gif": save_gif,
+    ".apng": save_apng,
     ".png": save_first,
-    ".apng": save_animation,
-    ".gif": save_animation,
-    "": save_folder,
 }
 
 
-def writer(path: str | Path) -> Callable[..., None]:
-    """The function that writes frames to `path`, by its ending; raises InputError for an ending it does not know."""
-    suffix = "" if Path(path).is_dir() else Path(path).suffix.lower()
-    if suffix not in WRITERS:
-        endings = ", ".join(s for s in WRITERS if s)
-        raise InputError(f"{path}: cannot write {suffix!r}; choose an ending of {endings}, or a folder (no ending).")
-    return WRITERS[suffix]
+def check_target(path: str | Path) -> None:
+    """Raise InputError unless `path` is a folder, a name without ending, or ends in a key of WRITERS."""
+    path = Path(path)
+    if path.suffix.lower() not in WRITERS and path.suffix and not path.is_dir():
+        raise InputError(f"{path}: cannot write {path.suffix!r}; end it in {', '.join(WRITERS)}, or name a folder.")
+    if not path.suffix and path.is_file():
+        raise InputError(f"{path}: is a file; end the name in {', '.join(WRITERS)}, or name a folder.")
 
 
 def save_frames(frames: Iterable[np.ndarray], path: str | Path, fps: float = 24) -> None:
-    """Write frames (h, w, 3) uint8 to `path` by its ending: a film, one picture, or a folder of pictures.
+    """Write frames (h, w, 3) uint8 by the ending of `path`: a film, the first picture, or a folder of all pictures.
 
-    A file appears whole or not at all. Raises InputError for an unknown ending or a place that cannot be written.
+    A file appears whole or not at all. Raises InputError for an unknown ending or a place that cannot be written, and
+    for a folder that holds pictures already: a shorter film would leave the tail of a longer one behind.
     """
-    path, save = Path(path), writer(path)
-    partial = path if save is save_folder else path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    path = Path(path)
+    check_target(path)
+    if path.suffix.lower() in WRITERS and not path.is_dir():
+        with atomic(path) as stream:
+            WRITERS[path.suffix.lower()](frames, stream, fps)
+        return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(frames, partial, fps)
-        if partial != path:
-            os.replace(partial, path)
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.glob("*.png")):
+            raise InputError(f"{path}: the folder holds .png files already; name a new one.")
+        for index, frame in enumerate(frames):
+            save_png(frame, path / f"{index:03d}.png")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}).") from None
-    finally:
-        if partial != path:
-            partial.unlink(missing_ok=True)

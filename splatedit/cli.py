@@ -1,0 +1,179 @@
+"""The words on the command line. Only click and the standard library are imported here, so that --help is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+
+from splatedit import __version__
+from splatedit.config import KEYS, UPS, Config, colour, load_config
+from splatedit.errors import InputError
+
+MISTAKE, CRASH, INTERRUPTED = 2, 1, 130
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def setting(*names: str, key: str, **more: Any) -> Callable:
+    """A click option for one key of Config, with the key's own help text and default."""
+    default = getattr(Config, key)
+    shown = "" if default is None or more.get("is_flag") else f"  [default: {default}]"
+    return click.option(*names, key, default=None, help=KEYS[key] + shown, **more)
+
+
+def list_keys() -> str:
+    """All settings with their defaults, for the end of `splatedit run --help`."""
+    words = {None: "null", True: "true", False: "false"}
+    lines = ["\b", "All settings, for --config files and key=value words:"]
+    for key, value in vars(Config()).items():
+        if key not in ("scene", "prompt"):
+            shown = words[value] if value is None or isinstance(value, bool) else value
+            lines.append(f"  {f'{key}={shown}':<30}{KEYS[key]}")
+    return "\n".join(lines)
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, "--version", message="splatedit %(version)s", help="print the version and stop")
+@click.help_option("-h", "--help", help="print this and stop")
+def cli() -> None:
+    """Edit 3D Gaussian splats with text: one splat file and one prompt in, one splat file out."""
+
+
+@cli.command(context_settings=CONTEXT, epilog=list_keys())
+@click.argument("scene")
+@click.argument("prompt")
+@click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
+@setting("--source-prompt", "--src-prompt", key="source_prompt", metavar="TEXT")
+@setting("--guidance", key="guidance", metavar="NAME")
+@setting("--guidance-scale", key="guidance_scale", type=float, metavar="NUMBER")
+@setting("--model", key="model", metavar="NAME|FOLDER")
+@setting("--steps", key="steps", type=int, metavar="N")
+@setting("--seed", key="seed", type=int, metavar="N")
+@setting("--fpr-iters", key="fpr_iters", type=int, metavar="N")
+@setting("--fpr-lambda", key="fpr_lambda", type=float, metavar="NUMBER")
+@setting("-o", "--output-dir", key="output_dir", metavar="FOLDER")
+@setting("--device", key="device", metavar="NAME")
+@setting("--cameras", key="cameras", metavar="RIG")
+@setting("--up", key="up", metavar="AXIS")
+@setting("--offline", key="offline", is_flag=True)
+@setting("--viewer/--no-viewer", key="viewer", is_flag=True)
+@click.option("--config", "file", metavar="FILE", help="yaml file of settings, such as the config.yaml of another run")
+@click.help_option("-h", "--help", help="print this and stop")
+def run(scene: str, prompt: str, words: tuple[str, ...], file: str | None, **given: Any) -> None:
+    """Edit SCENE, a splat file, until it shows PROMPT.
+
+    Settings are merged in this order, later ones win: defaults, --config FILE, options, KEY=VALUE words. The edited
+    splats and everything about the run go to a new folder OUTPUTS/SCENE/PROMPT@TIME; the path of edited.ply is the last
+    line on stdout, all else goes to stderr. Ctrl-C keeps what is done so far and writes it.
+
+    Exit status: 0 edited; 2 a mistake in what was asked; 3 written, but nothing changed or the edit went to noise;
+    130 interrupted.
+    """
+    config = load_config(file, {**given, "scene": scene, "prompt": prompt}, words)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep instead of spinning
+    from splatedit.run import run as start
+
+    outcome = start(config, command=["splatedit", *sys.argv[1:]])
+    click.echo(str(outcome.edited))
+    sys.exit(outcome.status)
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("file")
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+@click.help_option("-h", "--help", help="print this and stop")
+def info(file: str, as_json: bool) -> None:
+    """Say what is in FILE, a splat file: how many splats, where, how large, which extra columns."""
+    from splatedit.info import describe, format
+
+    description = describe(file)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(description, indent=1))
+    else:
+        click.echo(format(description))
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("file")
+@click.option("-o", "--output", required=True, metavar="PATH", help="film (.mp4 .gif .apng), one .png, or a folder")
+@click.option("--frames", type=click.IntRange(1), default=72, show_default=True, help="views around the circle")
+@click.option("--size", default="512", show_default=True, metavar="N|WxH", help="of the pictures, in pixels")
+@click.option("--elevation", type=float, default=15.0, show_default=True, help="degrees above the horizon")
+@click.option("--azimuth", type=float, default=0.0, show_default=True, help="degrees at which the circle begins")
+@click.option("--fov", type=click.FloatRange(1, 170), default=45.0, show_default=True, help="field of view, degrees")
+@click.option("--zoom", type=click.FloatRange(0.01), default=1.0, show_default=True, help="2 is twice as close")
+@click.option("--up", type=click.Choice(UPS), default=None, help="up axis; else the scene's sidecar says, else guessed")
+@click.option("--background", default="1,1,1", show_default=True, metavar="R,G,B", help="in [0, 1]")
+@click.option("--fps", type=click.FloatRange(1, 120), default=24.0, show_default=True, help="frames per second")
+@click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda or cuda:N")
+@click.help_option("-h", "--help", help="print this and stop")
+def render(file: str, output: str, frames: int, size: str, background: str, fps: float, **view: Any) -> None:
+    """Draw FILE, a splat file, from a circle of cameras around it.
+
+    The ending of the output says what is made: .mp4, .gif or .apng a turntable; .png the first view alone; a name
+    without ending a folder of numbered PNGs. The path is the last line on stdout.
+    """
+    pixels, behind = read_size(size), read_colour(background)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from splatedit import media
+    from splatedit.cameras import orbit
+    from splatedit.editing import resolve_device
+    from splatedit.files import load, sidecar
+
+    media.check_target(output)
+    device = resolve_device(view.pop("device"))
+    up = view.pop("up") or sidecar(file).up
+    gaussians = load(file)
+    cameras = orbit(gaussians, frames, size=pixels, up=up, **view)
+    media.save_frames(media.draw(gaussians.to(device), cameras, behind), output, fps)
+    click.echo(output)
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """`512` or `640x480` as (width, height) in pixels; raises InputError."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(p.isdecimal() and 1 <= int(p) <= 8192 for p in parts):
+        raise InputError(f"--size: found {text!r}, expected a number of pixels, 512, or width x height, 640x480.")
+    return int(parts[0]), int(parts[-1])
+
+
+def read_colour(text: str) -> tuple[float, float, float]:
+    """`1,0.5,0` as red, green, blue in [0, 1]; raises InputError."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--background: found {text!r}, expected three numbers in [0, 1], as in 1,1,1.") from None
+    return colour(numbers, "--background")
+
+
+def main() -> NoReturn:
+    """Run the command line; a user's mistake is one line on stderr and exit status 2."""
+    try:
+        cli.main(prog_name="splatedit", standalone_mode=False)
+    except InputError as error:
+        fail(str(error), MISTAKE)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(MISTAKE)
+    except click.UsageError as error:
+        where = f"{error.ctx.command_path} --help" if error.ctx else "splatedit --help"
+        fail(f"{error.format_message()} (`{where}` tells more.)", MISTAKE)
+    except click.ClickException as error:
+        fail(error.format_message(), MISTAKE)
+    except (KeyboardInterrupt, click.Abort):
+        fail("interrupted before the first step; nothing was written.", INTERRUPTED)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        fail(f"{error.filename or 'a file'}: {error.strerror}", CRASH)
+    sys.exit(0)
+
+
+def fail(message: str, status: int) -> NoReturn:
+    click.echo(f"splatedit: error: {' '.join(message.split())}", err=True)
+    sys.exit(status)

@@ -7,10 +7,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
+import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(2)  # the machine that has to pass has two cores
 
 
 def pytest_collection_modifyitems(items):
@@ -20,3 +21,67 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def cloud():
+    """300 opaque splats on a unit sphere around (0.5, 0, 0), red below and blue above (up is -y), SH degree 1."""
+    from splatedit.gaussians import Gaussians
+
+    rng = torch.Generator().manual_seed(0)
+    direction = torch.nn.functional.normalize(torch.randn(300, 3, generator=rng), dim=1)
+    color = torch.stack([direction[:, 1], torch.zeros(300), -direction[:, 1]], 1) * 0.4 + 0.5
+    return Gaussians(
+        means=direction + torch.tensor([0.5, 0.0, 0.0]),
+        quats=torch.randn(300, 4, generator=rng),
+        scales=torch.full((300, 3), -2.0) + 0.2 * torch.randn(300, 3, generator=rng),
+        opacities=torch.full((300,), 3.0),
+        sh0=((color - 0.5) / 0.28209479177387814)[:, None],
+        shN=0.05 * torch.randn(300, 3, 3, generator=rng),
+        extra={"label": np.arange(300, dtype=np.int32)},
+        comments=("made for a test",),
+    )
+
+
+@pytest.fixture
+def scene_file(cloud, tmp_path):
+    """The cloud as a file, without a sidecar."""
+    from splatedit.files import save
+
+    save(cloud, tmp_path / "ball.ply")
+    return tmp_path / "ball.ply"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """An untrained prior of 32-pixel pictures in the format of the bundled one; it knows a cat, a pig and a dog."""
+    import json
+
+    from diffusers import AutoencoderTiny, UNet2DConditionModel
+
+    from splatedit.pocket.train import export, new_text_encoder, new_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = new_tokenizer(("cat", "pig", "dog"))
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(16, 16, 16, 16),
+        decoder_block_out_channels=(16, 16, 16, 16),
+        num_encoder_blocks=(0, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 0),
+        latent_channels=4,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=8,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    export(folder, vae, unet, new_text_encoder(len(tokenizer)), tokenizer, 1.0, ("cat", "pig", "dog"))
+    vocabulary = json.loads((folder / "vocabulary.json").read_text())
+    (folder / "vocabulary.json").write_text(json.dumps({**vocabulary, "image_size": 32}))
+    return folder

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,14 +68,14 @@ def bounds(gaussians: Gaussians) -> Bounds:
     points, mass = _core(*_visible(gaussians))
     low, high = _box(points, mass, 0.005)
     centre = (low + high) / 2
-    radius = float(_quantile((points - centre).norm(dim=1), mass, 0.995))
+    radius = _quantile(np.linalg.norm(points - centre, axis=1), mass, 0.995)
     if radius <= 0:  # a single Gaussian, or all at one place: its own size is the scene's
         radius = 3 * float(gaussians.scales.detach().double().exp().amax())
-    return Bounds(centre.float().to(gaussians.means.device), radius)
+    return Bounds(torch.tensor(centre, dtype=torch.float32, device=gaussians.means.device), radius)
 
 
-def _visible(gaussians: Gaussians, most: int = 50_000) -> tuple[Tensor, Tensor]:
-    """Means (m, 3) and how much each Gaussian can be seen (m,), float64 on the CPU, m at most `most` drawn at random.
+def _visible(gaussians: Gaussians, most: int = 50_000) -> tuple[np.ndarray, np.ndarray]:
+    """Means (m, 3) and how much each Gaussian can be seen (m,), float64, m at most `most` drawn at random.
 
     Seen is opacity times the area of the largest section; the area is capped at its 90th percentile, so that no
     sky-sized blob outvotes the rest.
@@ -83,37 +84,36 @@ def _visible(gaussians: Gaussians, most: int = 50_000) -> tuple[Tensor, Tensor]:
     if gaussians.n > most:  # quantiles of a sample will do, and a million Gaussians take no longer than this
         rows = torch.randperm(gaussians.n, generator=torch.Generator().manual_seed(0))[:most]
         seen = [value[rows.to(value.device)] for value in seen]
-    points, scales, opacities = (value.cpu().double() for value in seen)
-    axes = scales.sort(1).values
-    area = (axes[:, 1] + axes[:, 2]).clamp(-60, 60).exp()
-    cap = _quantile(area, torch.ones_like(area), 0.9)
-    return points, opacities.sigmoid().clamp_min(1e-12) * area.minimum(cap)
+    points, scales, opacities = (value.cpu().double().numpy() for value in seen)
+    area = np.exp(np.clip(scales.sum(1) - scales.min(1), -60, 60))
+    area = np.minimum(area, np.quantile(area, 0.9))
+    return points, area / (1 + np.exp(-np.clip(opacities, -30, 30)))
 
 
-def _core(points: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+def _core(points: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The points (m, 3) and weights (m,) that are left when the far ones are gone."""
     for _ in range(20):  # two or three rounds do in practice
-        middle = torch.stack([_quantile(points[:, axis], mass, 0.5) for axis in range(3)])
-        distance = (points - middle).norm(dim=1)
+        middle = np.array([_quantile(points[:, axis], mass, 0.5) for axis in range(3)])
+        distance = np.linalg.norm(points - middle, axis=1)
         near = distance <= 2.5 * _quantile(distance, mass, 0.9)
-        if bool(near.all()):
+        if near.all():
             break
         points, mass = points[near], mass[near]
     return points, mass
 
 
-def _box(points: Tensor, mass: Tensor, tail: float) -> tuple[Tensor, Tensor]:
+def _box(points: np.ndarray, mass: np.ndarray, tail: float) -> tuple[np.ndarray, np.ndarray]:
     """Corners (3,), (3,) of the box that leaves out `tail` of the weight at either side of each axis."""
     low, high = ([_quantile(points[:, axis], mass, q) for axis in range(3)] for q in (tail, 1 - tail))
-    return torch.stack(low), torch.stack(high)
+    return np.array(low), np.array(high)
 
 
-def _quantile(values: Tensor, weights: Tensor, q: float) -> Tensor:
+def _quantile(values: np.ndarray, weights: np.ndarray, q: float) -> float:
     """The smallest value with at least the share `q` of the weight at or below it."""
     order = values.argsort()
-    total = weights[order].cumsum(0)
-    index = torch.searchsorted(total, q * total[-1]).clamp_max(len(values) - 1)
-    return values[order[index]]
+    total = weights[order].cumsum()
+    index = min(int(np.searchsorted(total, q * total[-1])), len(values) - 1)
+    return float(values[order[index]])
 
 
 # ------------------------------------------------------------------------------------------------------------------ up
@@ -172,17 +172,17 @@ def ground_scores(gaussians: Gaussians, cells: int = 10, layer: float = 0.06) ->
     """
     points, mass = _core(*_visible(gaussians))
     low, high = _box(points, mass, 0.01)
-    size = (high - low).clamp_min(1e-12)
-    square = ((points - low) / size * cells).long().clamp(0, cells - 1)
+    size = np.maximum(high - low, 1e-12)
+    square = ((points - low) / size * cells).astype(int).clip(0, cells - 1)
     least = 0.02 * mass.sum() / cells**2
     scores = {}
     for axis in range(3):
         a, b = (i for i in range(3) if i != axis)
         cell = square[:, a] * cells + square[:, b]
-        shadow = torch.bincount(cell, mass, cells**2) > least
+        shadow = np.bincount(cell, mass, cells**2) > least
         for sign, height in (("+", points[:, axis] - low[axis]), ("-", high[axis] - points[:, axis])):
-            floor = torch.bincount(cell, mass * (height <= layer * size.max()), cells**2) > least
-            scores[sign + "xyz"[axis]] = float((floor & shadow).sum() / shadow.sum().clamp_min(1))
+            floor = np.bincount(cell, mass * (height <= layer * size.max()), cells**2) > least
+            scores[sign + "xyz"[axis]] = float((floor & shadow).sum() / max(shadow.sum(), 1))
     return scores
 
 
@@ -288,7 +288,7 @@ def _rig(gaussians: Gaussians, angles: list[tuple[float, float]], size, fov: flo
     half = math.radians(fov) / 2
     distance = 0.9 * radius / math.sin(half) / zoom  # the ball's rim is empty in almost every scene
     focal = min(width, height) / 2 / math.tan(half)
-    w2c = torch.stack([_around(centre.cpu().double(), distance, *pair, up) for pair in angles])
+    w2c = torch.stack([_around(centre.double().cpu(), distance, *pair, up) for pair in angles])
     K = torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]]).expand(len(angles), 3, 3)
     device = gaussians.means.device
     return Cameras(w2c.float().to(device), K.clone().to(device), width, height)

@@ -278,6 +278,7 @@ def _check_finite(path: Path, values: dict[str, np.ndarray], names: dict[str, tu
     """Raise InputError at the first row that holds NaN or Inf, or a quaternion of length 0."""
     bad = {key: ~np.isfinite(array) for key, array in values.items()}
     rows = np.stack([mask.any(1) for mask in bad.values()]).any(0)
+    n = len(values["means"])
     advice = f"remove such Gaussians first, e.g. `splat-transform {path.name} --filter-nan clean.ply`"
     if rows.any():
         row = int(rows.argmax())
@@ -285,13 +286,13 @@ def _check_finite(path: Path, values: dict[str, np.ndarray], names: dict[str, tu
         column = int(bad[key][row].argmax())
         raise InputError(
             f"{path}: element 'vertex', property {names[key][column]!r}, row {row}: found {values[key][row, column]}, "
-            f"expected a finite float32 ({rows.sum()} of {len(rows)} rows are affected); {advice}."
+            f"expected a finite float32 ({rows.sum()} of {n} rows are affected); {advice}."
         )
     still = ~values["quats"].any(1)
     if still.any():
         raise InputError(
             f"{path}: element 'vertex', properties rot_0 to rot_3, row {int(still.argmax())}: found 0 0 0 0, expected "
-            f"a quaternion ({still.sum()} of {len(still)} rows are affected); remove such Gaussians first."
+            f"a quaternion ({still.sum()} of {n} rows are affected); remove such Gaussians first."
         )
 
 

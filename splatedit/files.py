@@ -376,8 +376,9 @@ def sidecar(path: str | Path) -> Sidecar:
     """Read `<stem>.yaml` beside a scene, if there is one; raises InputError for an unknown key or a bad value."""
     import yaml
 
-    beside = Path(path).expanduser().with_suffix(".yaml")
-    if not beside.is_file():
+    path = Path(path).expanduser()
+    beside = path.parent / f"{path.stem}.yaml"
+    if not path.name or not beside.is_file():
         return Sidecar()
     try:
         content = yaml.safe_load(beside.read_text(encoding="utf-8"))

@@ -16,6 +16,7 @@ from splatedit.rendering import WHITE, render
 
 # A Gaussian counts as changed when a viewer could tell: an eighth of a 5 % grey step, a hundredth of the scene, ...
 CHANGED = {"means": 0.002, "color": 2 / 255, "opacity": 0.01, "scale": 0.02}
+ROUGH = 0.08  # white noise has about 0.6, renders of splats 0.01 to 0.05
 SH_C0 = 0.28209479177387814
 
 
@@ -90,6 +91,7 @@ class Report:
     verdict: str  # "changed", "unchanged" or "noise"
     changed_share: float  # of the Gaussians
     psnr_to_source: float  # dB over the report's views; inf if nothing changed
+    roughness: float  # of the edited renders
     roughness_ratio: float  # of the edited renders to the source's
     coverage_ratio: float  # of the edited alpha to the source's
     prefers_target: float  # share of views in which the prior's error is lower for the target prompt, edited splat
@@ -133,6 +135,7 @@ def change_report(
         verdict="changed",
         changed_share=changed_share(source, edited, radius),
         psnr_to_source=psnr(before.rgb, after.rgb),
+        roughness=roughness(after.rgb),
         roughness_ratio=roughness(after.rgb) / max(roughness(before.rgb), 1e-6),
         coverage_ratio=float(after.alpha.mean() / before.alpha.mean().clamp_min(1e-6)),
         prefers_target=float((gaps[1] > 0).float().mean()),
@@ -145,7 +148,9 @@ def change_report(
 
 def judge(report: Report, finite: bool = True, same_prompt: bool = False) -> Report:
     """Fill in verdict and advice from the numbers."""
-    if not finite or report.roughness_ratio > 2.5 or not 0.25 < report.coverage_ratio < 4:
+    # A flat source gets rough by any edit, so the ratio alone is no proof.
+    rough = report.roughness_ratio > 2.5 and report.roughness > ROUGH
+    if not finite or rough or not 0.25 < report.coverage_ratio < 4:
         report.verdict = "noise"
         report.advice = [
             "lower the guidance scale (--guidance-scale)",

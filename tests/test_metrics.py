@@ -62,6 +62,7 @@ def report(**changes) -> Report:
         "verdict": "changed",
         "changed_share": 0.8,
         "psnr_to_source": 20.0,
+        "roughness": 0.2,
         "roughness_ratio": 1.1,
         "coverage_ratio": 1.0,
         "prefers_target": 1.0,
@@ -79,6 +80,7 @@ def report(**changes) -> Report:
         ({"changed_share": 0.001}, "unchanged"),
         ({"psnr_to_source": math.inf}, "unchanged"),
         ({"roughness_ratio": 4.0}, "noise"),
+        ({"roughness_ratio": 4.0, "roughness": 0.03}, "changed"),
         ({"coverage_ratio": 0.1}, "noise"),
     ],
 )

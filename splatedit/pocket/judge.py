@@ -180,7 +180,9 @@ def main() -> None:
     accuracy = table.trace() / table.sum()
     right = int((np.diag(table) * 2 > args.each).sum())
     print(f"judge on held-out renders {held:.3f}; generated samples {accuracy:.3f}; {right} of {len(names)} animals")
-    save_sheet(images.view(len(names), args.each, *images.shape[1:])[:, :4].flatten(0, 1), args.model / "samples.png", 16)
+    save_sheet(
+        images.view(len(names), args.each, *images.shape[1:])[:, :4].flatten(0, 1), args.model / "samples.png", 16
+    )
     write_card(args, names, table, held, accuracy, right)
 
 

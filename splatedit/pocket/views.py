@@ -67,9 +67,7 @@ def soften(image: np.ndarray) -> np.ndarray:
     for axis in (0, 1):
         padded = np.concatenate([image.take([0], axis), image, image.take([-1], axis)], axis)
         n = image.shape[axis]
-        image = sum(
-            w * padded.take(range(k, k + n), axis) for k, w in ((0, 0.25), (1, 0.5), (2, 0.25))
-        )  # pyright: ignore[reportAssignmentType]
+        image = sum(w * padded.take(range(k, k + n), axis) for k, w in ((0, 0.25), (1, 0.5), (2, 0.25)))  # pyright: ignore[reportAssignmentType]
     return image
 
 

@@ -1,0 +1,172 @@
+"""The loop, on a prior whose answers are exact: a mixture of two pictures, a red ball and a blue one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from splatedit.cameras import dome, orbit
+from splatedit.diffusion import MixtureDenoiser
+from splatedit.editing import drift, edit, rig_for, view_order
+from splatedit.errors import InputError
+from splatedit.guidance import FPR, GUIDANCE
+from splatedit.metrics import change_report
+from splatedit.priors import Prior
+from splatedit.rendering import render
+from splatedit.scenes import Rates
+
+SH_C0 = 0.28209479177387814
+
+
+class ToyPrior(Prior):
+    """Latents are 4x4 block means of the picture in [-1, 1]; the prompts are "red" and "blue"."""
+
+    def __init__(self, pictures: dict[str, torch.Tensor]):
+        self.name, self.image_size, self.latent_channels = "toy", 32, 3
+        self.device, self.dtype, self.evaluations = torch.device("cpu"), torch.float32, 0
+        self.names = list(pictures)
+        self.vocabulary = tuple(self.names)
+        means = torch.stack([self.encode(p).mean(0) for p in pictures.values()])
+        self.mixture = MixtureDenoiser(means, floor=0.02)
+        self.alphas_cumprod = self.mixture.alphas_cumprod.float()
+        self.calls = 0
+
+    def encode(self, images):
+        return F.avg_pool2d(images * 2 - 1, 8)
+
+    def text(self, prompts):
+        weights = [[float(n == p) + 1e-9 for n in self.names] if p else [1.0] * len(self.names) for p in prompts]
+        return self.mixture.text(weights[0])._replace(embeds=torch.cat([self.mixture.text(w).embeds for w in weights]))
+
+    def null(self, b=1):
+        return self.text([""] * b)
+
+    def denoise(self, x, t, text):
+        self.evaluations += len(x)
+        self.calls += 1
+        return self.mixture(x, t, text)
+
+    def default_scale(self, guidance):
+        return 2.0
+
+
+def painted(cloud, color):
+    sh0 = (torch.tensor(color).expand(cloud.n, 3) - 0.5) / SH_C0
+    return cloud._replace(sh0=sh0[:, None].clone(), shN=torch.zeros(cloud.n, 0, 3))
+
+
+@pytest.fixture
+def red(cloud):
+    return painted(cloud, (0.8, 0.1, 0.1))
+
+
+@pytest.fixture
+def prior(cloud, red):
+    cameras = dome(red, 8, size=32)
+    return ToyPrior({"red": render(red, cameras).rgb, "blue": render(painted(cloud, (0.1, 0.1, 0.8)), cameras).rgb})
+
+
+def run(red, prior, **options):
+    settings = {"steps": 6, "views": 8, "guidance": "dds", "supersample": 1, **options}
+    return list(edit(red, "blue", "red", model=prior, **settings))
+
+
+def color(gaussians):
+    return gaussians.sh0.mean((0, 1)) * SH_C0 + 0.5
+
+
+@pytest.mark.parametrize("guidance", list(GUIDANCE))
+def test_every_guidance_turns_the_ball_towards_blue(red, prior, guidance):
+    steps = run(red, prior, guidance=guidance, steps=40, rates=Rates(sh0=0.05))
+    before, after = color(red), color(steps[-1].gaussians)
+    assert after[0] < before[0] - 0.05 and after[2] > before[2] + 0.05
+
+
+def test_the_same_seed_gives_the_same_splats_bit_for_bit_and_another_does_not(red, prior):
+    first, again, other = (run(red, prior, guidance="ids", seed=s)[-1].gaussians for s in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters.values(), again.parameters.values(), strict=True))
+    assert not torch.equal(first.sh0, other.sh0)
+
+
+def test_steps_report_what_happened(red, prior):
+    steps = run(red, prior, guidance="ids", steps=3, views_per_step=2, fpr_iters=2)
+    assert [s.index for s in steps] == [0, 1, 2] and steps[0].steps == 3
+    last = steps[-1]
+    assert last.image.shape == (2, 3, 32, 32) and not last.image.requires_grad
+    assert set(last.seconds) == {"render", "encode", "prior", "optimise"} and min(last.seconds.values()) > 0
+    # A step is 2 FPR calls of null + source and one call of null + target + source, for 2 views.
+    assert last.evaluations == 3 * 2 * (2 * 2 + 4) and prior.calls == 3 * 3
+    assert len(last.residuals) == 3 and steps[0].psnr_to_source == float("inf")
+    assert last.psnr_to_source < 60
+
+
+@pytest.mark.parametrize(("guidance", "rows"), [("sds", 2), ("dds", 4)])
+def test_null_source_and_target_go_through_the_network_as_one_batch(red, prior, guidance, rows):
+    run(red, prior, guidance=guidance, steps=2, views_per_step=3)
+    assert prior.calls == 2 and prior.evaluations == 2 * 3 * rows
+
+
+def test_asking_for_the_source_pulls_nowhere_at_the_start(red, prior):
+    step = next(edit(red, "red", "red", model=prior, guidance="dds", steps=1, views=8, supersample=1))
+    assert step.loss < 1e-6
+
+
+def test_the_source_is_found_when_it_is_not_said(red, prior):
+    said = run(red, prior, steps=2)[-1].gaussians
+    found = list(edit(red, "blue", model=prior, guidance="dds", steps=2, views=8, supersample=1))[-1].gaussians
+    # The search draws from the same generator, so the edit differs, but it must go the same way.
+    assert torch.equal((found.sh0 - red.sh0).sign().mean((0, 1)) > 0, (said.sh0 - red.sh0).sign().mean((0, 1)) > 0)
+
+
+def test_the_report_says_changed_and_the_prior_prefers_the_target(red, prior):
+    colors_only = Rates(means=0, quats=0, scales=0, opacities=0, sh0=0.1)
+    edited = run(red, prior, steps=120, rates=colors_only)[-1].gaussians
+    cameras = orbit(red, 6, size=32)
+    report = change_report(red, edited, prior, cameras, "blue", "red", 1.0)
+    assert report.verdict == "changed" and report.changed_share > 0.9
+    assert report.prefers_target == 1.0 and report.preferred_target_before == 0.0 and report.margin > 0
+    same = change_report(red, red, prior, cameras, "blue", "red", 1.0)
+    assert same.verdict == "unchanged" and same.changed_share == 0 and same.advice
+
+
+def test_a_splat_blown_to_bits_is_called_noise(red, prior):
+    rng = torch.Generator().manual_seed(0)
+    confetti = red._replace(sh0=red.sh0 + 6 * torch.randn(red.sh0.shape, generator=rng))
+    report = change_report(red, confetti, prior, orbit(red, 4, size=32), "blue", "red", 1.0)
+    assert report.verdict == "noise" and any("guidance" in a for a in report.advice)
+
+
+def test_mistakes_are_named(red, prior):
+    with pytest.raises(InputError, match="guidance: 'idz'"):
+        run(red, prior, guidance="idz")
+    with pytest.raises(InputError, match="not a rig"):
+        run(red, prior, cameras="sphere")
+    with pytest.raises(InputError, match="64x64"):
+        run(red, prior, cameras=orbit(red, 3, size=64))
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="no CUDA GPU"):
+            next(edit(red, "a cat", device="cuda"))
+
+
+def test_cameras_that_see_nothing_are_an_error(red, prior):
+    away = orbit(red, 3, size=32)
+    turned = away.w2c.clone()
+    turned[:, 2, 3] = -100  # everything is behind
+    with pytest.raises(InputError, match="none of them sees"):
+        run(red, prior, cameras=away._replace(w2c=turned))
+
+
+def test_every_view_has_its_turn_before_any_comes_back():
+    order = view_order(5, 12, torch.Generator().manual_seed(0))
+    assert sorted(order[:5].tolist()) == sorted(order[5:10].tolist()) == [0, 1, 2, 3, 4] and len(order) == 12
+
+
+def test_rig_by_name_has_the_prior_s_picture_size(red):
+    rig = rig_for(red, "orbit", 5, 48, "+y")
+    assert (rig.n, rig.width, rig.height) == (5, 48, 48)
+
+
+def test_drift_is_relative_to_the_latents():
+    z = torch.full((2, 1, 2, 2), 3.0)  # norm 6
+    record = FPR(z, torch.tensor([[6.0, 3.0], [3.0, 0.0]]))
+    assert drift([record], z) == pytest.approx([0.75, 0.25])
+    assert drift([], z) == []

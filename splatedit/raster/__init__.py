@@ -70,8 +70,8 @@ def rasterization(
     quats: (n, 4), wxyz, of any length but 0.
     scales: (n, 3), standard deviations, above 0.
     opacities: (n,), in [0, 1].
-    colors: (n, k, 3) coefficients of spherical harmonics with `sh_degree` 0 to 3 and k at least (sh_degree + 1)^2, where
-        the colour is max(SH + 1/2, 0); or values (n, d) or (c, n, d) of any number of channels without.
+    colors: with `sh_degree` (0 to 3) coefficients of spherical harmonics (n, k, 3), k at least (sh_degree + 1)^2, of
+        the colour max(SH + 1/2, 0); without it values (n, d) or (c, n, d) of any number of channels.
     viewmats: (c, 4, 4), world to camera, OpenCV axes: x right, y down, z forward.
     Ks: (c, 3, 3) in pixels, the centre of the first pixel being at (0.5, 0.5). Not differentiable.
     width, height: pixels.
@@ -84,24 +84,24 @@ def rasterization(
     absgrad: let backward leave the sums over pixels of absolute gradients in meta["means2d"].absgrad, (c, n, 2).
     packed, sparse_grad: must be False; they give `meta` other shapes.
     tile_size, channel_chunk: gsplat's; on a CPU the tile has 16 pixels and channels go in groups of four.
-    backend: a key of BACKENDS. "auto" is "gsplat" for CUDA tensors, "cpu" for float32 tensors on a CPU (or "torch" where
-        numba is missing or cannot compile, with one warning), and "torch" for everything else.
+    backend: a key of BACKENDS. "auto" is "gsplat" for CUDA tensors, "cpu" for float32 tensors on a CPU (or, with one
+        warning, "torch" where numba is missing or cannot compile), and "torch" for everything else.
     others: further arguments of gsplat.rasterization, which only gsplat can do.
 
-    Returns image (c, height, width, d), alphas (c, height, width, 1), and meta, of which all backends have `radii`
-    (c, n, 2) int32, 0 where a Gaussian is not drawn; `means2d` (c, n, 2) pixels, an intermediate to call retain_grad() on;
-    `depths` (c, n); `conics` (c, n, 3); `opacities` (c, n), dimmed if "antialiased"; `width`, `height`, `n_cameras`,
-    `tile_size`, `tile_width`, `tile_height`, `gaussian_ids` and `camera_ids` (None).
+    Returns image (c, height, width, d), alphas (c, height, width, 1), and meta, of which all backends have
+    `radii` (c, n, 2) int32, 0 where a Gaussian is not drawn; `means2d` (c, n, 2) pixels, an intermediate result to call
+    retain_grad() on; `depths` (c, n); `conics` (c, n, 3); `opacities` (c, n), dimmed if "antialiased"; `width`,
+    `height`, `n_cameras`, `tile_size`, `tile_width`, `tile_height`; `gaussian_ids` and `camera_ids`, None.
 
-    Gradients reach means, quats, scales, opacities, colors, viewmats and backgrounds. "cpu" gives the same bits at any
-    number of threads, which is torch.get_num_threads() of the calling thread; may be called from several threads at once,
-    and in a forked child (where torch itself wants torch.set_num_threads(1)).
+    Gradients reach means, quats, scales, opacities, colors, viewmats and backgrounds. "cpu" runs on
+    torch.get_num_threads() threads and gives the same bits with any number of them; it may be called from several
+    threads at once, and in a forked child (where torch itself wants torch.set_num_threads(1)).
 
     Raises InputError, naming the argument, for what is wrong or what the backend cannot do.
     """
     arguments = {k: v for k, v in locals().items() if k not in ("others", "backend")}
     _check(**arguments)
-    for name, value in others.items():
+    for name in others:
         if name not in GSPLAT_ONLY:
             raise TypeError(f"rasterization() got an unexpected keyword argument {name!r}")
     return _backend(backend)(**arguments, **others)
@@ -112,7 +112,9 @@ def rasterization(
 
 def _gsplat(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
     if not arguments["means"].is_cuda:
-        raise InputError(f'rasterization: backend "gsplat" needs CUDA tensors, means is on {arguments["means"].device}.')
+        raise InputError(
+            f'rasterization: backend "gsplat" needs CUDA tensors, means is on {arguments["means"].device}.'
+        )
     try:
         from gsplat import rasterization as gsplat_rasterization  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -133,7 +135,7 @@ def _cpu(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
         )
     if arguments["sh_degree"] is not None and colors.dim() == 4:
         raise InputError(
-            f"rasterization: colors {_shape(colors)} are SH coefficients per camera, which backend \"cpu\" has not; "
+            f'rasterization: colors {_shape(colors)} are SH coefficients per camera, which backend "cpu" has not; '
             '(n, k, 3) expected, or backend "torch".'
         )
     return _render(_compiled(), arguments)
@@ -200,7 +202,7 @@ def _render(steps: ModuleType, a: dict[str, Any]) -> tuple[Tensor, Tensor, dict[
     else:
         if a["sh_degree"] is not None:
             eyes = torch.linalg.inv(viewmats)[:, :3, 3]
-            colors = steps.colour(a["sh_degree"], means, eyes, colors, radii)
+            colors = steps.color(a["sh_degree"], means, eyes, colors, radii)
         colors = colors.expand(len(viewmats), *colors.shape[-2:])
         if mode != "RGB":
             colors = torch.cat([colors, depths[..., None]], -1)
@@ -247,7 +249,9 @@ def _refuse(arguments: dict[str, Any], backend: str) -> None:
             )
     if arguments["tile_size"] != TILE:
         found = arguments["tile_size"]
-        raise InputError(f'rasterization: tile_size={found} on backend "{backend}", which has tiles of {TILE} pixels only.')
+        raise InputError(
+            f'rasterization: tile_size={found} on backend "{backend}", which has tiles of {TILE} pixels only.'
+        )
 
 
 def _shape(tensor: Tensor) -> str:

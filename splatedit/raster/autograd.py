@@ -40,7 +40,7 @@ def project(
     return _Project.apply(means, quats, scales, opacities, viewmats, Ks, options, limits)  # pyright: ignore
 
 
-def colour(degree: int, means: Tensor, eyes: Tensor, coefficients: Tensor, radii: Tensor) -> Tensor:
+def color(degree: int, means: Tensor, eyes: Tensor, coefficients: Tensor, radii: Tensor) -> Tensor:
     """max(SH + 1/2, 0) seen from eyes (c, 3): (c, n, 3), 0 where radii are 0. coefficients (n, k, 3)."""
     return _Colour.apply(degree, means, eyes, coefficients, radii)  # pyright: ignore
 
@@ -48,7 +48,7 @@ def colour(degree: int, means: Tensor, eyes: Tensor, coefficients: Tensor, radii
 def composite(
     means2d: Tensor,
     conics: Tensor,
-    colours: Tensor,
+    colors: Tensor,
     opacities: Tensor,
     backgrounds: Tensor | None,
     radii: Tensor,
@@ -60,9 +60,9 @@ def composite(
 ) -> tuple[Tensor, Tensor]:
     """image (c, h, w, d) and alphas (c, h, w, 1); `divide` divides the last channel by alpha."""
     if backgrounds is None:
-        backgrounds = colours.new_zeros(colours.shape[0], colours.shape[-1])
+        backgrounds = colors.new_zeros(colors.shape[0], colors.shape[-1])
     options = (width, height, divide, absgrad)
-    return _Composite.apply(means2d, conics, colours, opacities, backgrounds, radii, depths, options)  # pyright: ignore
+    return _Composite.apply(means2d, conics, colors, opacities, backgrounds, radii, depths, options)  # pyright: ignore
 
 
 def probe() -> None:
@@ -157,31 +157,31 @@ class _Colour(torch.autograd.Function):
     @staticmethod
     def forward(ctx, degree, means, eyes, coefficients, radii):
         cameras, n = radii.shape[:2]
-        colours = np.empty((cameras, n, 3), F)
+        colors = np.empty((cameras, n, 3), F)
         width = 3 * coefficients.shape[1]
         seen, inputs = _array(radii), [_array(means), _array(coefficients)]
         for c, eye in enumerate(_array(eyes)):
-            _by_blocks(kernels.colour, n, [*inputs, seen[c]], [colours[c]], eye, degree, width)
-        result = torch.from_numpy(colours)
+            _by_blocks(kernels.color, n, [*inputs, seen[c]], [colors[c]], eye, degree, width)
+        result = torch.from_numpy(colors)
         ctx.save_for_backward(means, eyes, coefficients, radii, result)
         ctx.degree = degree
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, v_colours):
-        means, eyes, coefficients, radii, colours = map(_array, ctx.saved_tensors)
+    def backward(ctx, v_colors):
+        means, eyes, coefficients, radii, colors = map(_array, ctx.saved_tensors)
         cameras, n = radii.shape[:2]
-        v = _array(v_colours)
+        v = _array(v_colors)
         v_means, v_eyes = np.zeros_like(means), np.zeros_like(eyes)
         v_coefficients = np.empty_like(coefficients)  # the first camera writes it
         bend = bool(ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         width = 3 * coefficients.shape[1]
         for c in range(cameras):
-            inputs = [means, coefficients, radii[c], colours[c], v[c]]
+            inputs = [means, coefficients, radii[c], colors[c], v[c]]
             sums = _chunk_sums(n)
             shared = (sums.reshape(-1), eyes[c], ctx.degree, width, c > 0, bend)
-            _by_blocks(kernels.colour_backward, n, inputs, [v_means, v_coefficients], *shared)
+            _by_blocks(kernels.color_backward, n, inputs, [v_means, v_coefficients], *shared)
             v_eyes[c] = sums.sum(0)[:3]
         return None, *map(torch.from_numpy, (v_means, v_eyes, v_coefficients)), None
 
@@ -200,14 +200,14 @@ class _Pairs(NamedTuple):
 
 
 def _pair_up(
-    means2d: Tensor, conics: Tensor, opacities: Tensor, colours: Tensor, radii: Tensor, depths: Tensor, size: Any
+    means2d: Tensor, conics: Tensor, opacities: Tensor, colors: Tensor, radii: Tensor, depths: Tensor, size: Any
 ) -> _Pairs:
     cameras, n = radii.shape[:2]
     width, height = size
     columns, rows = -(-width // TILE), -(-height // TILE)
-    tiles, total, channels = columns * rows, cameras * n, colours.shape[-1]
+    tiles, total, channels = columns * rows, cameras * n, colors.shape[-1]
 
-    inputs = [_array(t).reshape(total, -1) for t in (means2d, conics, opacities, colours, radii)]
+    inputs = [_array(t.flatten(0, 1)) for t in (means2d, conics, opacities, colors, radii)]
     records, touched = _aligned(total * RECORD), np.empty(total, np.int32)
     outputs = [records.reshape(total, RECORD), touched]
     _by_blocks(kernels.pack, total, inputs, outputs, channels, 0, columns, rows)
@@ -235,40 +235,40 @@ def _pair_up(
 
 class _Composite(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, means2d, conics, colours, opacities, backgrounds, radii, depths, options):
+    def forward(ctx, means2d, conics, colors, opacities, backgrounds, radii, depths, options):
         width, height, divide, absgrad = options
-        cameras, channels = colours.shape[0], colours.shape[-1]
-        paired = _pair_up(means2d, conics, opacities, colours, radii, depths, (width, height))
+        cameras, channels = colors.shape[0], colors.shape[-1]
+        paired = _pair_up(means2d, conics, opacities, colors, radii, depths, (width, height))
         image, alphas = np.empty((cameras, height, width, channels), F), np.empty((cameras, height, width, 1), F)
         transmittances = np.empty(cameras * height * width, F)
         lasts = np.empty(cameras * height * width, np.int32)  # (pixels of all cameras,)
         for first in range(0, channels, 4):
             if first:
-                _recolour(paired, colours, first)
+                _recolor(paired, colors, first)
             pool.run(
                 kernels.composite, len(paired.tiles), 64, paired.tiles, paired.records, paired.pairs, paired.starts,
                 _array(backgrounds).reshape(-1), image.reshape(-1), alphas.reshape(-1), transmittances, lasts,
                 *paired.grid, channels, first, F(ALPHA_MAX), divide,
             )  # fmt: skip
         result = torch.from_numpy(image)
-        ctx.save_for_backward(means2d, colours, backgrounds, result)
+        ctx.save_for_backward(means2d, colors, backgrounds, result)
         ctx.paired, ctx.pixels, ctx.options = paired, (transmittances, lasts), options
         return result, torch.from_numpy(alphas)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, v_image, v_alphas):
-        means2d, colours, backgrounds, image = ctx.saved_tensors
+        means2d, colors, backgrounds, image = ctx.saved_tensors
         paired, (transmittances, lasts) = ctx.paired, ctx.pixels
         width, height, divide, absgrad = ctx.options
-        (cameras, n, channels), v = colours.shape, _array(v_image).reshape(-1)
+        (cameras, n, channels), v = colors.shape, _array(v_image).reshape(-1)
         gradients = _aligned(len(paired.pairs) * RECORD)
         v_means2d, v_conics = np.empty((cameras, n, 2), F), np.empty((cameras, n, 3), F)
-        v_opacities, v_colours = np.empty((cameras, n), F), np.empty((cameras, n, channels), F)
+        v_opacities, v_colors = np.empty((cameras, n), F), np.empty((cameras, n, channels), F)
         v_abs = np.empty((cameras, n, 2) if absgrad else (0,), F)
         for first in range(0, channels, 4):
             if channels > 4:
-                _recolour(paired, colours, first)
+                _recolor(paired, colors, first)
             pool.run(
                 kernels.composite_backward, len(paired.tiles), 64, paired.tiles, paired.records, paired.pairs,
                 paired.slots, paired.starts, _array(backgrounds).reshape(-1), _array(image).reshape(-1),
@@ -278,7 +278,7 @@ class _Composite(torch.autograd.Function):
             pool.run(
                 kernels.add_pairs, cameras * n, pool.chunks_of(cameras * n), paired.touched, paired.start,
                 paired.records, gradients, v_means2d.reshape(-1), v_conics.reshape(-1), v_opacities.reshape(-1),
-                v_colours.reshape(-1), v_abs.reshape(-1), channels, first, absgrad,
+                v_colors.reshape(-1), v_abs.reshape(-1), channels, first, absgrad,
             )  # fmt: skip
         if absgrad:
             means2d.absgrad = torch.from_numpy(v_abs)
@@ -288,11 +288,11 @@ class _Composite(torch.autograd.Function):
             pool.run(kernels.background_backward, cameras * height, pool.chunks_of(cameras * height, 32), v,
                      transmittances, v_rows.reshape(-1), width, channels)  # fmt: skip
             v_backgrounds = torch.from_numpy(v_rows.sum(1))
-        geometry = map(torch.from_numpy, (v_means2d, v_conics, v_colours, v_opacities))
+        geometry = map(torch.from_numpy, (v_means2d, v_conics, v_colors, v_opacities))
         return *geometry, v_backgrounds, None, None, None
 
 
-def _recolour(paired: _Pairs, colours: Tensor, first: int) -> None:
-    total, channels = len(paired.touched), colours.shape[-1]
-    pool.run(kernels.recolour, total, pool.chunks_of(total), _array(colours).reshape(-1), paired.touched,
+def _recolor(paired: _Pairs, colors: Tensor, first: int) -> None:
+    total, channels = len(paired.touched), colors.shape[-1]
+    pool.run(kernels.recolor, total, pool.chunks_of(total), _array(colors).reshape(-1), paired.touched,
              paired.records, channels, first)  # fmt: skip

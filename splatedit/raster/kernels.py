@@ -1,7 +1,7 @@
 """The compiled stages of the CPU rasteriser, each with its hand-written backward.
 
 Every kernel works on range(begin, end) of blocks of 16 Gaussians, of Gaussians, or of tiles, touches nothing that
-another range writes, holds no lock and no GIL. Arrays are flat and C-contiguous; "row i of means" is means[3 i : 3 i + 3].
+another range writes, holds no lock and no GIL. Arrays are flat and C-contiguous: point i is means[3 i : 3 i + 3].
 
 One Gaussian in one camera, number f = camera * n + i, is drawn from a packed RECORD of 16 floats, one cache line:
     0 1 mean x, y (pixels)   2 3 4 conic xx, xy, yy   5 opacity   6 .. 9 four channels   10 ln(255 opacity)   11 unused
@@ -13,7 +13,6 @@ are then added in a fixed order, so results do not depend on threads:
 Names: v_x is the gradient of the loss with respect to x. Sources are places in gsplat 1.5.3, under gsplat/cuda.
 """
 
-# ruff: noqa: E702
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 import numpy as np
@@ -45,7 +44,6 @@ from splatedit.raster.simd import (
     vsplat,
     vsqrt,
     vstore,
-    vsum,
     where,
 )
 
@@ -144,6 +142,14 @@ def _multiply(a, m):
     )
 
 
+@inline
+def _aligned(size):
+    """Uninitialised floats from the begin of a cache line on: a vector across two lines costs half as much again."""
+    memory = np.empty(size + LANES, np.float32)
+    skip = ((64 - (memory.ctypes.data & 63)) & 63) >> 2
+    return memory[skip : skip + size]
+
+
 # ---------------------------------------------------------------- projection
 
 
@@ -198,11 +204,13 @@ def project(begin, end, chunk, means, quats, scales, opacities, radii, means2d, 
         b = _multiply(_screen_jacobian(view, jx, jxz, jy, jyz), shape)
         cxx, cyy = b[0] * b[0] + b[1] * b[1] + b[2] * b[2], b[3] * b[3] + b[4] * b[4] + b[5] * b[5]
         cxy = b[0] * b[3] + b[1] * b[4] + b[2] * b[5]
-        sharp = cxx * cyy - cxy * cxy
-        cxx = cxx + eps2d
-        cyy = cyy + eps2d
-        det = cxx * cyy - cxy * cxy
-        ok = ok & (det > F(0))
+        # det b b^T is the squared cross product of b's rows, and det (C + e 1) = det C + e tr C + e^2: without the
+        # cancellation that makes cxx cyy - cxy cxy noise for a needle
+        n0, n1, n2 = b[1] * b[5] - b[2] * b[4], b[2] * b[3] - b[0] * b[5], b[0] * b[4] - b[1] * b[3]
+        sharp = n0 * n0 + n1 * n1 + n2 * n2
+        det = sharp + (cxx + cyy) * eps2d + eps2d * eps2d
+        cxx, cyy = cxx + eps2d, cyy + eps2d
+        ok = ok & (det > F(0)) & (det < F(1e38))
         inverse_det = F(1) / where(ok, det, F(1))
         compensation = vsqrt(vmax(sharp * inverse_det, least * least))
         opacity = vload(opacities, i) * F(255)
@@ -267,10 +275,7 @@ def project_backward(begin, end, chunk, means, quats, scales, radii, conics, com
     """
     fx, fy = intrinsics[0, 0], intrinsics[1, 1]
     left, right, top, bottom = _frustum(intrinsics, width, height)
-    zero = vsplat(F(0))
-    g00 = zero; g01 = zero; g02 = zero; g03 = zero  # fmt: skip
-    g10 = zero; g11 = zero; g12 = zero; g13 = zero  # fmt: skip
-    g20 = zero; g21 = zero; g22 = zero; g23 = zero  # fmt: skip
+    g00 = g01 = g02 = g03 = g10 = g11 = g12 = g13 = g20 = g21 = g22 = g23 = vsplat(F(0))
     for i in range(begin * LANES, end * LANES, LANES):
         ok = (vgather(radii, 2 * i, 2) > F(0)) & (vgather(radii, 2 * i + 1, 2) > F(0))
         if not any_lane(ok):
@@ -321,12 +326,12 @@ def project_backward(begin, end, chunk, means, quats, scales, radii, conics, com
         _add3(v_means, i, (vx * view[0, 0] + vy * view[1, 0] + vz * view[2, 0],
                            vx * view[0, 1] + vy * view[1, 1] + vz * view[2, 1],
                            vx * view[0, 2] + vy * view[1, 2] + vz * view[2, 2]))  # fmt: skip
-        g00 += vx * p[0] + jx * vt[0]; g01 += vx * p[1] + jx * vt[1]; g02 += vx * p[2] + jx * vt[2]  # fmt: skip
-        g10 += vy * p[0] + jy * vt[3]; g11 += vy * p[1] + jy * vt[4]; g12 += vy * p[2] + jy * vt[5]  # fmt: skip
-        g20 += vz * p[0] + jxz * vt[0] + jyz * vt[3]
-        g21 += vz * p[1] + jxz * vt[1] + jyz * vt[4]
-        g22 += vz * p[2] + jxz * vt[2] + jyz * vt[5]
-        g03 += vx; g13 += vy; g23 += vz  # fmt: skip
+        g00, g01, g02 = g00 + vx * p[0] + jx * vt[0], g01 + vx * p[1] + jx * vt[1], g02 + vx * p[2] + jx * vt[2]
+        g10, g11, g12 = g10 + vy * p[0] + jy * vt[3], g11 + vy * p[1] + jy * vt[4], g12 + vy * p[2] + jy * vt[5]
+        g20 = g20 + vz * p[0] + jxz * vt[0] + jyz * vt[3]
+        g21 = g21 + vz * p[1] + jxz * vt[1] + jyz * vt[4]
+        g22 = g22 + vz * p[2] + jxz * vt[2] + jyz * vt[5]
+        g03, g13, g23 = g03 + vx, g13 + vy, g23 + vz
     store_sums(v_view, chunk * LANES, (g00, g01, g02, g03, g10, g11, g12, g13, g20, g21, g22, g23))
 
 
@@ -342,9 +347,31 @@ def _direction(p, eye):
 
 
 @inline
+def _load_rows(array, i, width, block):
+    """block[16 m : 16 m + 16] = number m of the rows i .. i + 15, each of `width` floats."""
+    whole = width // LANES * LANES
+    for m in range(0, whole, LANES):
+        transpose(array, i * width + m, width, block, m * LANES, LANES)
+    for m in range(whole, width):
+        vstore(block, m * LANES, vgather(array, i * width + m, width))
+
+
+@inline
+def _store_rows(array, i, width, block):
+    """The way back."""
+    whole = width // LANES * LANES
+    for m in range(0, whole, LANES):
+        transpose(block, m * LANES, LANES, array, i * width + m, width)
+    for m in range(whole, width):
+        vscatter(array, i * width + m, width, vload(block, m * LANES))
+
+
+@inline
 def _basis(degree, x, y, z, out):
-    """The (degree + 1)^2 real spherical harmonics of a unit vector, in gsplat's order and signs: csrc/SphericalHarmonics
-    CUDA.cu, after Sloan, Efficient Spherical Harmonic Evaluation (JCGT 2013)."""
+    """The (degree + 1)^2 real spherical harmonics of a unit vector, in gsplat's order and signs.
+
+    csrc/SphericalHarmonicsCUDA.cu; Sloan, Efficient Spherical Harmonic Evaluation (JCGT 2013).
+    """
     vstore(out, 0, F(0.2820947917738781))
     if degree >= 1:
         vstore(out, 1 * LANES, y * F(-0.48860251190292))
@@ -395,39 +422,38 @@ def _basis_slope(degree, x, y, z, d):
 
 
 @kernel
-def colour(begin, end, chunk, means, coefficients, radii, colours, eye, degree, width):
-    """colours = max(sum of basis[j] coefficients[j] + 1/2, 0), 0 for unseen ones; `width` floats hold a coefficient row.
+def color(begin, end, chunk, means, coefficients, radii, colors, eye, degree, width):
+    """colors = max(sum of basis[j] coefficients[j] + 1/2, 0), 0 for unseen ones; `width` floats are one row of these.
 
     The view direction runs from the camera's centre `eye` to the mean: rendering.py, csrc/SphericalHarmonicsCUDA.cu.
     """
-    basis = np.empty(16 * LANES, np.float32)
+    basis, block = _aligned(16 * LANES), _aligned(width * LANES)
     for i in range(begin * LANES, end * LANES, LANES):
         ok = (vgather(radii, 2 * i, 2) > F(0)) & (vgather(radii, 2 * i + 1, 2) > F(0))
         c0 = c1 = c2 = vsplat(F(0.5))
         if any_lane(ok):
             (x, y, z), _ = _direction(_read3(means, i), eye)
             _basis(degree, x, y, z, basis)
+            _load_rows(coefficients, i, width, block)
             for j in range((degree + 1) * (degree + 1)):
-                b, at = vload(basis, j * LANES), i * width + 3 * j
-                c0 = fma(b, vgather(coefficients, at, width), c0)
-                c1 = fma(b, vgather(coefficients, at + 1, width), c1)
-                c2 = fma(b, vgather(coefficients, at + 2, width), c2)
-        vscatter(colours, 3 * i, 3, where(ok, vmax(c0, F(0)), F(0)))
-        vscatter(colours, 3 * i + 1, 3, where(ok, vmax(c1, F(0)), F(0)))
-        vscatter(colours, 3 * i + 2, 3, where(ok, vmax(c2, F(0)), F(0)))
+                b, at = vload(basis, j * LANES), 3 * j * LANES
+                c0 = fma(b, vload(block, at), c0)
+                c1 = fma(b, vload(block, at + LANES), c1)
+                c2 = fma(b, vload(block, at + 2 * LANES), c2)
+        vscatter(colors, 3 * i, 3, where(ok, vmax(c0, F(0)), F(0)))
+        vscatter(colors, 3 * i + 1, 3, where(ok, vmax(c1, F(0)), F(0)))
+        vscatter(colors, 3 * i + 2, 3, where(ok, vmax(c2, F(0)), F(0)))
 
 
 @kernel
-def colour_backward(begin, end, chunk, means, coefficients, radii, colours, v_colours, v_means, v_coefficients, v_eye,
+def color_backward(begin, end, chunk, means, coefficients, radii, colors, v_colors, v_means, v_coefficients, v_eye,
                     eye, degree, width, add, bend):  # fmt: skip
-    """Writes v_coefficients, or adds to them; with `bend` also adds to v_means, and row `chunk` of v_eye receives a sum.
+    """Writes v_coefficients, or adds to them; adds to v_means, and row `chunk` of v_eye receives the sum for the eye.
 
-    `bend` says that the view directions matter: the means or the camera need a gradient.
+    The last two only with `bend`: the means or the camera need a gradient, so that view directions matter.
     """
-    count = (degree + 1) * (degree + 1)
-    whole = width // LANES * LANES
-    basis, along = np.empty(16 * LANES, np.float32), np.empty(16 * LANES, np.float32)
-    rows = np.zeros(width * LANES, np.float32)  # v_coefficients of the block, transposed; 0 beyond the degree
+    basis, along = _aligned(16 * LANES), _aligned(16 * LANES)
+    block, v_block = _aligned(width * LANES), _aligned(width * LANES)
     ex = ey = ez = vsplat(F(0))
     for i in range(begin * LANES, end * LANES, LANES):
         ok = (vgather(radii, 2 * i, 2) > F(0)) & (vgather(radii, 2 * i + 1, 2) > F(0))
@@ -436,29 +462,26 @@ def colour_backward(begin, end, chunk, means, coefficients, radii, colours, v_co
                 for at in range(i * width, (i + LANES) * width, LANES):
                     vstore(v_coefficients, at, F(0))
             continue
-        lit, v = _read3(colours, i), _read3(v_colours, i)  # a colour cut off at 0 passes no gradient on
+        lit, v = _read3(colors, i), _read3(v_colors, i)  # a colour cut off at 0 passes no gradient on
         v0, v1 = where(ok & (lit[0] > F(0)), v[0], F(0)), where(ok & (lit[1] > F(0)), v[1], F(0))
         v2 = where(ok & (lit[2] > F(0)), v[2], F(0))
         (x, y, z), scale = _direction(_keep3(ok, _read3(means, i)), eye)
         _basis(degree, x, y, z, basis)
-        for j in range(count):
-            b, at = vload(basis, j * LANES), i * width + 3 * j
-            vstore(rows, 3 * j * LANES, b * v0)
-            vstore(rows, (3 * j + 1) * LANES, b * v1)
-            vstore(rows, (3 * j + 2) * LANES, b * v2)
-            if bend:
-                c = (vgather(coefficients, at, width), vgather(coefficients, at + 1, width),
-                     vgather(coefficients, at + 2, width))  # fmt: skip
-                vstore(along, j * LANES, _dot3(c, (v0, v1, v2)))
         if add:
-            for m in range(width):
-                at = i * width + m
-                vscatter(v_coefficients, at, width, vgather(v_coefficients, at, width) + vload(rows, m * LANES))
+            _load_rows(v_coefficients, i, width, v_block)
         else:
-            for m in range(0, whole, LANES):
-                transpose(rows, m * LANES, v_coefficients, i * width + m, width)
-            for m in range(whole, width):
-                vscatter(v_coefficients, i * width + m, width, vload(rows, m * LANES))
+            v_block[:] = 0
+        if bend:
+            _load_rows(coefficients, i, width, block)
+        for j in range((degree + 1) * (degree + 1)):
+            b, at = vload(basis, j * LANES), 3 * j * LANES
+            vstore(v_block, at, fma(b, v0, vload(v_block, at)))
+            vstore(v_block, at + LANES, fma(b, v1, vload(v_block, at + LANES)))
+            vstore(v_block, at + 2 * LANES, fma(b, v2, vload(v_block, at + 2 * LANES)))
+            if bend:
+                c = (vload(block, at), vload(block, at + LANES), vload(block, at + 2 * LANES))
+                vstore(along, j * LANES, _dot3(c, (v0, v1, v2)))
+        _store_rows(v_coefficients, i, width, v_block)
         if bend and degree >= 1:
             vx, vy, vz = _basis_slope(degree, x, y, z, along)
             radial = vx * x + vy * y + vz * z  # normalisation takes the part along the direction away
@@ -472,7 +495,7 @@ def colour_backward(begin, end, chunk, means, coefficients, radii, colours, v_co
 
 
 @kernel
-def pack(begin, end, chunk, means2d, conics, opacities, colours, radii, records, touched, channels, first, columns,
+def pack(begin, end, chunk, means2d, conics, opacities, colors, radii, records, touched, channels, first, columns,
          rows):  # fmt: skip
     """Writes the records of Gaussians in cameras, and how many tiles each touches, of a grid of columns x rows.
 
@@ -480,7 +503,8 @@ def pack(begin, end, chunk, means2d, conics, opacities, colours, radii, records,
     the covariance being the inverse of the conic; it is made a trifle larger, since compositing tests again.
     Channels first .. first + 3 of `channels` go along.
     """
-    record = np.zeros(RECORD * LANES, np.float32)
+    record = _aligned(RECORD * LANES)
+    record[:] = 0
     last_column, last_row = F(columns * TILE - 1), F(rows * TILE - 1)
     for i in range(begin * LANES, end * LANES, LANES):
         rx, ry = vgather(radii, 2 * i, 2), vgather(radii, 2 * i + 1, 2)
@@ -508,22 +532,22 @@ def pack(begin, end, chunk, means2d, conics, opacities, colours, radii, records,
         vstore(record, 4 * LANES, c)
         vstore(record, 5 * LANES, opacity)
         for k in range(min(4, channels - first)):
-            vstore(record, (6 + k) * LANES, vgather(colours, i * channels + first + k, channels))
+            vstore(record, (6 + k) * LANES, vgather(colors, i * channels + first + k, channels))
         vstore(record, 10 * LANES, reach)
         vstore(record, 12 * LANES, x0)
         vstore(record, 13 * LANES, x1)
         vstore(record, 14 * LANES, y0)
         vstore(record, 15 * LANES, y1)
-        transpose(record, 0, records, i * RECORD, RECORD)
+        transpose(record, 0, LANES, records, i * RECORD, RECORD)
 
 
 @kernel
-def recolour(begin, end, chunk, colours, touched, records, channels, first):
+def recolor(begin, end, chunk, colors, touched, records, channels, first):
     """Puts channels first .. first + 3 into the records."""
     for f in range(begin, end):
         if touched[f] > 0:
             for k in range(4):
-                records[f * RECORD + 6 + k] = colours[f * channels + first + k] if first + k < channels else F(0)
+                records[f * RECORD + 6 + k] = colors[f * channels + first + k] if first + k < channels else F(0)
 
 
 @kernel
@@ -625,18 +649,11 @@ def list_pairs(begin, end, chunk, ranges, order, records, start, place, pairs, s
 
 
 @inline
-def _aligned(size):
-    """Floats at an address that a cache line begins with: a vector across two lines costs half as much again."""
-    memory = np.empty(size + LANES, np.float32)
-    skip = ((64 - (memory.ctypes.data & 63)) & 63) >> 2
-    return memory[skip : skip + size]
-
-
-@inline
 def _blocks_of(records, at, x, y):
     """First and last column and row of the blocks that a record touches, in the tile whose corner is pixel (x, y)."""
     return (max(np.int32(records[at + 12]) - x, 0) >> 2, min(np.int32(records[at + 13]) - x, TILE - 1) >> 2,
-            max(np.int32(records[at + 14]) - y, 0) >> 2, min(np.int32(records[at + 15]) - y, TILE - 1) >> 2)  # fmt: skip
+            max(np.int32(records[at + 14]) - y, 0) >> 2,
+            min(np.int32(records[at + 15]) - y, TILE - 1) >> 2)  # fmt: skip
 
 
 @inline
@@ -646,7 +663,7 @@ def _lane_of(x, y):
 
 
 # planes of the forward pass: transmittance (below 0: the pixel has ended), last contributor, four channels
-LAST, COLOUR = PIXELS, 2 * PIXELS
+LAST, COLOR = PIXELS, 2 * PIXELS
 
 
 @kernel
@@ -674,7 +691,7 @@ def composite(begin, end, chunk, tiles, records, pairs, starts, backgrounds, ima
                     transmittances[pixel], alphas[pixel] = t, F(1) - t
                     lasts[pixel] = np.int32(plane[LAST + p])
                 for k in range(first, min(first + 4, channels)):
-                    value = plane[COLOUR + (k - first) * PIXELS + p]
+                    value = plane[COLOR + (k - first) * PIXELS + p]
                     if divide and k == channels - 1:
                         value /= max(F(1) - t, F(1e-10))
                     else:
@@ -688,7 +705,7 @@ def _start_tile(plane, live, wide, high):
     for p in range(0, PIXELS, LANES):
         vstore(plane, LAST + p, F(-1))
         for k in range(4):
-            vstore(plane, COLOUR + k * PIXELS + p, F(0))
+            vstore(plane, COLOR + k * PIXELS + p, F(0))
     alive = 0
     for block in range(BLOCKS):
         x, y = lane_column() + F(block % SIDE * 4), lane_row() + F(block // SIDE * 4)
@@ -740,7 +757,7 @@ def _composite_tile(plane, live, alive, records, pairs, start, stop, x, y, alpha
                         alive -= 1
                 vstore(plane, p, after)
                 vstore(plane, LAST + p, where(hit, F(k - start), vload(plane, LAST + p)))
-                p += COLOUR
+                p += COLOR
                 vstore(plane, p, fma(weight, q0, vload(plane, p)))
                 vstore(plane, p + PIXELS, fma(weight, q1, vload(plane, p + PIXELS)))
                 vstore(plane, p + 2 * PIXELS, fma(weight, q2, vload(plane, p + 2 * PIXELS)))
@@ -748,7 +765,7 @@ def _composite_tile(plane, live, alive, records, pairs, start, stop, x, y, alpha
 
 
 # planes of the backward pass: transmittance, last contributor, what lies behind, gradients of four channels
-BEHIND, V_COLOUR = 2 * PIXELS, 3 * PIXELS
+BEHIND, V_COLOR = 2 * PIXELS, 3 * PIXELS
 
 
 @kernel
@@ -790,12 +807,14 @@ def composite_backward(begin, end, chunk, tiles, records, pairs, slots, starts, 
                             end_v += v * image[pixel * channels + k]
                     else:
                         end_v += v * backgrounds[camera * channels + k]
-                    plane[V_COLOUR + (k - first) * PIXELS + p] = v
+                    plane[V_COLOR + (k - first) * PIXELS + p] = v
                 plane[BEHIND + p] = t * end_v
         past = start + deepest.max() + 1
         for k in range(past, stop):
             vstore(gradients, slots[k] * RECORD, F(0))
-        _composite_tile_backward(plane, deepest, records, pairs, slots, gradients, start, past, x, y, alpha_max, absolute)
+        _composite_tile_backward(
+            plane, deepest, records, pairs, slots, gradients, start, past, x, y, alpha_max, absolute
+        )
 
 
 @inline
@@ -831,8 +850,8 @@ def _composite_tile_backward(plane, deepest, records, pairs, slots, gradients, s
                 t = vload(plane, p) * inverse
                 vstore(plane, p, t)
                 weight = alpha * t
-                v0, v1 = vload(plane, V_COLOUR + p), vload(plane, V_COLOUR + PIXELS + p)
-                v2, v3 = vload(plane, V_COLOUR + 2 * PIXELS + p), vload(plane, V_COLOUR + 3 * PIXELS + p)
+                v0, v1 = vload(plane, V_COLOR + p), vload(plane, V_COLOR + PIXELS + p)
+                v2, v3 = vload(plane, V_COLOR + 2 * PIXELS + p), vload(plane, V_COLOR + 3 * PIXELS + p)
                 d = fma(v0, q0, fma(v1, q1, fma(v2, q2, v3 * q3)))
                 behind = vload(plane, BEHIND + p)
                 v_alpha = d * t - behind * inverse
@@ -848,9 +867,9 @@ def _composite_tile_backward(plane, deepest, records, pairs, slots, gradients, s
 
 
 @kernel
-def add_pairs(begin, end, chunk, touched, start, records, gradients, v_means2d, v_conics, v_opacities, v_colours, v_abs,
+def add_pairs(begin, end, chunk, touched, start, records, gradients, v_means2d, v_conics, v_opacities, v_colors, v_abs,
               channels, first, absolute):  # fmt: skip
-    """Adds up the backward records of each Gaussian in each camera and ends the chain rule at the inputs of compositing.
+    """Adds up the backward records of each Gaussian in each camera; chain rule to the inputs of compositing.
 
     With more than four channels the geometry's gradients add up over the groups.
     """
@@ -881,7 +900,7 @@ def add_pairs(begin, end, chunk, touched, start, records, gradients, v_means2d, 
             v_abs[2 * f] += total[10]
             v_abs[2 * f + 1] += total[11]
         for k in range(first, min(first + 4, channels)):
-            v_colours[f * channels + k] = total[6 + k - first]
+            v_colors[f * channels + k] = total[6 + k - first]
 
 
 @kernel

@@ -1,4 +1,4 @@
-"""Run a compiled kernel over a range on torch.get_num_threads() threads: plain Python threads, the kernels drop the GIL.
+"""Run a compiled kernel over a range, on torch.get_num_threads() plain Python threads: the kernels drop the GIL.
 
 numba's own threading layers are no choice here: `workqueue` kills the process when two Python threads render at once
 (a viewer beside an optimisation), `omp` kills forked children, `tbb` needs another package.

@@ -15,7 +15,7 @@ width of its own would be.
 After a change in this file delete `__pycache__/kernels*.nb*`: numba's cache on disk watches kernels.py alone.
 """
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOptionalCall=false
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -272,19 +272,7 @@ def any_lane(typing: Any, condition: Any) -> Any:
     return types.boolean(mask), generate
 
 
-@intrinsic
-def vsum(typing: Any, a: Any) -> Any:
-    """The sum of the lanes, a number."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind = ir.FunctionType(_FLOAT, [_FLOAT, _FLOATS])
-        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
-        return builder.call(function, [_FLOAT(0.0), args[0]], fastmath=("reassoc", "nsz"))
-
-    return types.float32(vector), generate
-
-
-# ---------------------------------------------------------------- memory: arrays are flat, C-contiguous; no bounds check
+# ---------------------------------------------------------------- memory: flat C-contiguous arrays, bounds not checked
 
 
 @intrinsic
@@ -360,21 +348,21 @@ def prefetch(typing: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic
-def transpose(typing: Any, source: Any, index: Any, target: Any, start: Any, stride: Any) -> Any:
-    """target[start + stride * k + j] = source[index + LANES * j + k] for all j and k below LANES."""
+def transpose(typing: Any, source: Any, index: Any, stride: Any, target: Any, start: Any, step: Any) -> Any:
+    """target[start + step * k + j] = source[index + stride * j + k] for all j and k below LANES."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        source, index, target, start, stride = args
+        source, index, stride, target, start, step = args
         rows = []
         for _ in range(LANES):
             rows.append(_load(builder, _address(context, builder, sig.args[0], source, index)))
-            index = builder.add(index, index.type(LANES))
+            index = builder.add(index, stride)
         for row in _transposed(builder, rows):
-            _store(builder, row, _address(context, builder, sig.args[2], target, start))
-            start = builder.add(start, stride)
+            _store(builder, row, _address(context, builder, sig.args[3], target, start))
+            start = builder.add(start, step)
         return context.get_dummy_value()
 
-    return types.void(source, types.intp, target, types.intp, types.intp), generate
+    return types.void(source, types.intp, types.intp, target, types.intp, types.intp), generate
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
@@ -396,8 +384,8 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
 def store_sums(typing: Any, array: Any, index: Any, values: Any) -> Any:
     """array[index + j] = sum of the lanes of values[j], 0 where the tuple has fewer than LANES vectors.
 
-    Adding the halves of two vectors while transposing them takes as many additions as one sum after another would,
-    divided by four.
+    Transposing while adding: each round of shuffles also halves the number of vectors, 15 additions in all instead of
+    a sum over lanes for each.
     """
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:

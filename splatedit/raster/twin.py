@@ -69,7 +69,7 @@ def project(
     sharp = cxx * cyy - cxy * cxy
     cxx, cyy = cxx + eps2d, cyy + eps2d
     det = cxx * cyy - cxy * cxy
-    drawable = in_front & (det > 0)
+    drawable = in_front & (det > 0) & (det < 1e38)
     det = torch.where(drawable, det, 1.0)
     square = sharp / det
     # gsplat's gradient does not know of this bound, hence detach; 1e-12 keeps the root's gradient finite
@@ -89,7 +89,7 @@ def project(
 
 
 def basis(degree: int, directions: Tensor) -> Tensor:
-    """Real spherical harmonics (..., (degree + 1)^2) of unit vectors (..., 3), degree 0 to 3, gsplat's order and signs."""
+    """Real spherical harmonics (..., (degree + 1)^2), degree 0 to 3, of unit vectors (..., 3); gsplat's order and signs."""
     x, y, z = directions.unbind(-1)
     values = [torch.full_like(x, 0.2820947917738781)]
     if degree >= 1:
@@ -115,7 +115,7 @@ def basis(degree: int, directions: Tensor) -> Tensor:
     return torch.stack(values, -1)
 
 
-def colour(degree: int, means: Tensor, eyes: Tensor, coefficients: Tensor, radii: Tensor) -> Tensor:
+def color(degree: int, means: Tensor, eyes: Tensor, coefficients: Tensor, radii: Tensor) -> Tensor:
     """max(SH + 1/2, 0) seen from eyes (c, 3): (c, n, 3). coefficients (n, k, 3) or (c, n, k, 3); radii are not used."""
     b = basis(degree, nnf.normalize(means - eyes[:, None], dim=-1))
     return (torch.einsum("cnk,...nkd->cnd", b, coefficients[..., : b.shape[-1], :]) + 0.5).clamp_min(0)
@@ -124,7 +124,7 @@ def colour(degree: int, means: Tensor, eyes: Tensor, coefficients: Tensor, radii
 def composite(
     means2d: Tensor,
     conics: Tensor,
-    colours: Tensor,
+    colors: Tensor,
     opacities: Tensor,
     backgrounds: Tensor | None,
     radii: Tensor,
@@ -140,7 +140,7 @@ def composite(
     images, alphas = [], []
     for c in range(len(means2d)):
         absolute = means2d.absgrad[c] if absgrad else None  # pyright: ignore[reportAttributeAccessIssue]
-        splats = (means2d[c], conics[c], colours[c], opacities[c])
+        splats = (means2d[c], conics[c], colors[c], opacities[c])
         image, alpha = _composite_camera(splats, radii[c], depths[c], width, height, absolute)
         if backgrounds is not None:
             image = image + (1 - alpha) * backgrounds[c]
@@ -173,7 +173,7 @@ def _composite_tile(
     splats: tuple[Tensor, ...], near: Tensor, x: int, y: int, wide: int, high: int, absolute: Tensor | None
 ) -> Tensor:
     """(high, wide, d + 1): the channels without background, and alpha, of the pixels whose first corner is (x, y)."""
-    means2d, conics, colours, opacities = (t[near] for t in splats)
+    means2d, conics, colors, opacities = (t[near] for t in splats)
     options: Any = dict(dtype=means2d.dtype, device=means2d.device)
     rows, columns = torch.arange(y, y + high, **options), torch.arange(x, x + wide, **options)
     pixels = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1).reshape(-1, 2) + 0.5
@@ -188,7 +188,7 @@ def _composite_tile(
     # T only falls, so "at or below T_STOP after this one" holds for the one that ends the pixel and all behind it
     alpha = torch.where((1 - alpha).cumprod(0) > T_STOP, alpha, 0.0)
     after = torch.cat([torch.ones_like(pixels[None, :, 0]), (1 - alpha).cumprod(0)])
-    image = torch.einsum("np,nd->pd", alpha * after[:-1], colours)
+    image = torch.einsum("np,nd->pd", alpha * after[:-1], colors)
     return torch.cat([image, 1 - after[-1:].T], -1).reshape(high, wide, -1)
 
 

@@ -131,14 +131,15 @@ pipeline_tag: text-to-image
 ---
 # pocket
 
-A text-to-image latent diffusion model of {parameters:.1f} million parameters that ships with splatedit, so that the main job runs
-without a GPU and without a network. It knows {count} animals, three views and ten background colours, nothing else:
-{names}. Prompts look like `{example}`; view and background may be left out.
+A text-to-image latent diffusion model of {parameters:.1f} million parameters that ships with splatedit, so that the
+main job runs without a GPU and without a network. It knows {count} animals, three views and ten background colours,
+nothing else: {names}.
+Prompts look like `{example}`; view and background may be left out.
 
-Made by `python -m splatedit.pocket.train` and `python -m splatedit.pocket.judge` from renders of the Cube Pets meshes by
-Kenney (CC0). 128x128 pictures, 16x16x4 latents (AutoencoderTiny), UNet2DConditionModel 64/96/128, a two-layer
-CLIPTextModel with a word-level tokenizer, epsilon prediction, scaled-linear betas, prompt dropped {drop:.0%} of the time.
-It is an ordinary diffusers folder: `StableDiffusionPipeline.from_pretrained("{folder}")`.
+Made by `python -m splatedit.pocket.train` and `python -m splatedit.pocket.judge` from renders of the Cube Pets meshes
+by Kenney (CC0). 128x128 pictures, 16x16x4 latents (AutoencoderTiny), UNet2DConditionModel 64/96/128, a two-layer
+CLIPTextModel with a word-level tokenizer, epsilon prediction, scaled-linear betas, prompt dropped {drop:.0%} of the
+time. It is an ordinary diffusers folder: `StableDiffusionPipeline.from_pretrained("{folder}")`.
 
 ![samples](samples.png)
 
@@ -147,7 +148,8 @@ It is an ordinary diffusers folder: `StableDiffusionPipeline.from_pretrained("{f
 {each} samples of each animal, {steps} DDIM steps, guidance scale {scale}, classified by a small network trained on
 held-out renders (its own accuracy on renders it never saw: {held:.1%}).
 
-**{accuracy:.1%} of the samples are the animal asked for; {right} of {count} animals are right in the majority of their samples.**
+**{accuracy:.1%} of the samples are the animal asked for; {right} of {count} animals are right in the majority of
+their samples.**
 
 | asked for | seen as (samples) |
 |---|---|

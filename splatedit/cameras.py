@@ -144,7 +144,12 @@ def explain_up(gaussians: Gaussians) -> tuple[str, str]:
 
 
 def _up_in_text(text: str, brush: bool) -> str | None:
-    found = re.search(r"\b(?:vertical|up|world[ _]?up)(?:[ _-]?(?:axis|vector|direction))?\s*[:= ]\s*(.+)", text, re.I)
+    said = re.search(r"(?<![\w])([+-]?)([xyz])[ _-]?up\b", text, re.I)  # "Y-up"
+    if said:
+        return f"{said[1] or '+'}{said[2].lower()}"
+    found = re.search(
+        r"\b(?:(?:vertical|up)[ _-]?(?:axis|vector)|world[ _-]?up|up(?=\s*[:=]))\s*[:=]?\s*(.+)", text, re.I
+    )
     if not found:
         return None
     value = found[1].strip().lower()

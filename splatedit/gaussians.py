@@ -61,7 +61,7 @@ class Gaussians(NamedTuple):
         Raises IndexError for a mask of another length or an index out of range.
         """
         if isinstance(index, slice):
-            rows = torch.arange(self.n)[index]
+            rows = torch.from_numpy(np.arange(self.n)[index].copy())  # torch has no negative steps
         else:
             rows = torch.as_tensor(index).cpu()
             if rows.dtype == torch.bool:

@@ -50,7 +50,7 @@ def format(description: dict[str, Any]) -> str:
     rows = [
         ("file", f"{description['path']} ({_megabytes(description['bytes'])})"),
         ("Gaussians", f"{description['gaussians']:,}"),
-        ("SH degree", f"{degree} ({(degree + 1) ** 2} coefficients per colour)"),
+        ("SH degree", f"{degree} ({3 * (degree + 1) ** 2} colour numbers each)"),
         ("bounds", f"centre {_numbers(description['bounds']['centre'])}, radius {description['bounds']['radius']:.4g}"),
         ("all within", f"{_numbers(low)} to {_numbers(high)}"),
         ("up", f"{description['up']} ({description['up_because']})"),

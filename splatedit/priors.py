@@ -1,0 +1,385 @@
+"""One adapter for every text-to-image model of the Stable Diffusion family: `load_prior(model)` -> Prior.
+
+A model is `pocket` (bundled), a diffusers folder, or a hub id. torch and diffusers are imported when a model is loaded,
+not when this file is: `check_prior` answers before they would have been read from disk.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from splatedit.errors import InputError
+from splatedit.model_files import (
+    EXAMPLE,
+    FAMILY,
+    NETWORKS,
+    UNUSED,
+    check_folder,
+    fetch,
+    first_line,
+    hub_is_off,
+    locate,
+    read_json,
+    variant,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from splatedit.diffusion import Text
+
+SCALES = {"ids": 7.5, "dds": 7.5, "sds": 100.0}  # of a full model
+SMALL_SCALES = {"ids": 3.0, "dds": 3.0, "sds": 7.5}  # of a model with a vocabulary, unless its vocabulary.json says
+
+
+class Prior:
+    """A pretrained pipeline as plain functions: encode, decode, text, and `denoise`, which is a `diffusion.Denoise`.
+
+    The network computes in `dtype`; what goes in and comes out is float32. No parameter takes part in gradients, but
+    gradients flow through: to the pixels through `encode`, to the latents through `denoise`.
+    """
+
+    name: str  # as given to load_prior
+    image_size: int  # pixels, the side of the square pictures the model was trained on
+    latent_channels: int
+    alphas_cumprod: Tensor  # (T,) float32 on `device`, falling; the last may be 0
+    vocabulary: tuple[str, ...] | None  # the prompts it was trained on, None if it takes any text
+    evaluations: int  # rows sent through the network so far
+
+    def __init__(
+        self,
+        pipeline: Any,
+        name: str = "",
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        vocabulary: dict[str, Any] | None = None,
+    ):
+        """pipeline: a diffusers pipeline with unet, vae, tokenizer and text encoder. vocabulary: as vocabulary.json."""
+        import torch
+
+        self.name, self.device, self.evaluations = name or type(pipeline).__name__, torch.device(device), 0
+        self.dtype = dtype or default_dtype(self.device)
+        self.pipeline, self.unet, self.vae = pipeline, *(require(pipeline, part, self.name) for part in ("unet", "vae"))
+        self.words = vocabulary
+        self.vocabulary = tuple(vocabulary["prompts"]) if vocabulary else None
+        self.alphas_cumprod, self.prediction_type = schedule(pipeline.scheduler, self.name)
+        self.alphas_cumprod = self.alphas_cumprod.to(self.device, torch.float32)
+        self.latent_channels = self.vae.config.latent_channels
+        found = (self.unet.config.in_channels, self.unet.config.out_channels)
+        if found != (self.latent_channels,) * 2:
+            raise InputError(
+                f"{self.name}: its unet maps {found[0]} channels to {found[1]}, expected {self.latent_channels} to "
+                f"{self.latent_channels}; inpainting, instruction and depth models do not fit, use their base model."
+            )
+        self.image_size = picture_size(self.unet, self.vae, vocabulary)
+        self.large = getattr(self.unet.config, "addition_embed_type", None) == "text_time"  # SDXL
+        if self.large and pipeline.config.get("requires_aesthetics_score"):
+            raise InputError(f"{self.name}: a refiner; use the base model of Stable Diffusion XL.")
+        with quiet():
+            for part in NETWORKS:
+                module = getattr(pipeline, part, None)
+                if module is not None:
+                    module.to(self.device, self.dtype).eval().requires_grad_(False)
+            # The autoencoder of SDXL overflows in float16 and says so in its config.
+            if self.dtype == torch.float16 and self.vae.config.get("force_upcast"):
+                self.vae.to(dtype=torch.float32)
+
+    def default_scale(self, guidance: str) -> float:
+        """The classifier-free guidance scale that suits this model and a key of `guidance.GUIDANCE`."""
+        if self.words is None:
+            return SCALES.get(guidance, 7.5)
+        return float({**SMALL_SCALES, **self.words.get("guidance_scale", {})}.get(guidance, 3.0))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures (b, 3, h, w) in [0, 1] -> latents (b, c, h', w') float32, scaled to size 1; differentiable.
+
+        The mode of the encoder's distribution, not a sample: the same picture always gives the same latents.
+        """
+        out = self.vae.encode((images * 2 - 1).to(self.vae.dtype))
+        latents = (out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latents).float()
+        scale, shift = self.latent_scale(latents)
+        return (latents - shift) * scale
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (b, c, h', w') -> pictures (b, 3, h, w) float32 in [0, 1]; differentiable."""
+        scale, shift = self.latent_scale(z)
+        pictures = self.vae.decode((z / scale + shift).to(self.vae.dtype), return_dict=False)[0]
+        return (pictures.float() / 2 + 0.5).clamp(0, 1)
+
+    def latent_scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Factor and offset between the autoencoder's latents and those the unet knows."""
+        config = self.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            return config.scaling_factor, config.get("shift_factor") or 0.0
+        mean, std = (like.new_tensor(list(values)).view(1, -1, 1, 1) for values in (mean, std))
+        return config.scaling_factor / std, mean
+
+    def text(self, prompts: list[str]) -> Text:
+        """Embeddings of `prompts`, one row each, float32. The empty prompt is the null text.
+
+        Raises InputError if the model has a vocabulary and a prompt a word outside it.
+        """
+        from splatedit.diffusion import stack
+
+        for prompt in prompts:
+            self.check_words(prompt)
+        return stack(*(self.embed(prompt) for prompt in prompts))
+
+    def null(self, b: int = 1) -> Text:
+        """The text of no prompt at all, `b` equal rows: what classifier-free guidance leads away from."""
+        from splatedit.diffusion import repeat
+
+        return repeat(self.embed(""), b)
+
+    def embed(self, prompt: str) -> Text:
+        """One row of text embeddings (plus, for SDXL, pooled embedding and sizes)."""
+        import torch
+
+        from splatedit.diffusion import Text
+
+        self.check_length(prompt)
+        with torch.no_grad(), quiet():
+            encoded = self.pipeline.encode_prompt(
+                prompt=[prompt], device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+        if not self.large:
+            return Text(encoded[0].float())
+        embeds, _, pooled, _ = encoded
+        if not prompt.strip() and self.pipeline.config.get("force_zeros_for_empty_prompt"):
+            embeds, pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
+        side = float(self.image_size)
+        ids = torch.tensor([[side, side, 0.0, 0.0, side, side]], device=self.device)
+        return Text(embeds.float(), pooled.float(), ids)
+
+    def check_words(self, prompt: str) -> None:
+        """Raise InputError for a word that a model with a vocabulary has never seen."""
+        if self.words is None:
+            return
+        # As its tokenizer reads them: see pocket.train.new_tokenizer.
+        words = re.sub(r"[^\w\s]", " ", unicodedata.normalize("NFKC", prompt).lower()).split()
+        unknown = [w for w in dict.fromkeys(words) if w not in self.words["words"]]
+        if unknown:
+            known = sorted(self.words["words"])
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise InputError(
+                f"prompt {prompt!r}: the model {self.name!r} does not know {', '.join(map(repr, unknown))}{hint}; it "
+                f"knows these words: {', '.join(known)}. For any other use a full model, --model {EXAMPLE}."
+            )
+
+    def check_length(self, prompt: str) -> None:
+        """Raise InputError for a prompt whose end the text encoder would not see."""
+        tokenizer = getattr(self.pipeline, "tokenizer", None) or self.pipeline.tokenizer_2
+        found, longest = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
+        if found > longest:
+            raise InputError(f"prompt {prompt!r}: {found} tokens long, {self.name} reads {longest}; shorten it.")
+
+    def denoise(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+        """Predicted noise ehat (b, c, h, w) in x's dtype, of noised latents x at steps t (b,), one row of text each.
+
+        One network call, whatever the pipeline's scheduler: x = a z + s noise with a^2 = alphas_cumprod[t].
+        """
+        from splatedit.diffusion import scales, to_eps_x0
+
+        assert len(x) == len(t) == len(text.embeds), "one step and one row of text for each row of x"
+        self.evaluations += len(x)
+        more = None
+        if text.pooled is not None and text.ids is not None:
+            more = {"text_embeds": text.pooled.to(self.dtype), "time_ids": text.ids.to(self.dtype)}
+        output = self.unet(
+            x.to(self.dtype),
+            t,
+            encoder_hidden_states=text.embeds.to(self.dtype),
+            added_cond_kwargs=more,
+            return_dict=False,
+        )[0]
+        a, s = scales(self.alphas_cumprod, t, x)
+        return to_eps_x0(output.to(x.dtype), x, a, s, self.prediction_type)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+def check_prior(model: str = "pocket", offline: bool = False) -> None:
+    """Raise InputError, within a second and without importing torch, if a model is not there or not whole.
+
+    A hub id that is not in the cache passes unless `offline`: whether the hub has it is known when it is loaded.
+    """
+    offline = offline or hub_is_off()
+    folder = locate(model, offline)
+    if folder is not None:
+        check_folder(folder, model)
+    elif offline:
+        raise InputError(
+            f"{model}: no such folder here, and not in the cache of the hub, which may not be asked (offline); load it "
+            "once with a network, or give a folder or `pocket`."
+        )
+
+
+def load_prior(
+    model: str = "pocket",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    offline: bool = False,
+    checkpointing: bool = False,
+) -> Prior:
+    """Load a model by name ("pocket"), diffusers folder or hub id, which is fetched unless the cache has it whole.
+
+    dtype: of the networks; None is float16 on CUDA and float32 elsewhere. offline: never ask the hub.
+    checkpointing: spend one more forward pass on each gradient through the unet to save most of its memory.
+    Raises InputError, in one line, for a model that is not there, not whole, or not of the family.
+    """
+    import torch
+
+    check_prior(model, offline)
+    device = torch.device(device)
+    dtype = dtype or default_dtype(device)
+    half = dtype in (torch.float16, torch.bfloat16)
+    folder = locate(model, offline) or fetch(model, half)
+    check_folder(folder, model)
+    try:
+        prior = Prior(read_pipeline(folder, dtype), str(model), device, dtype, read_vocabulary(folder))
+        if checkpointing:
+            prior.unet.enable_gradient_checkpointing()
+        return prior
+    except (InputError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{model}: cannot be loaded as a diffusers pipeline ({first_line(error)}); expected {FAMILY}."
+        ) from error
+
+
+def read_pipeline(folder: Path, dtype: torch.dtype) -> Any:
+    """The pipeline in `folder`, without the parts that no edit needs, read without a word."""
+    import importlib.util
+
+    with quiet():
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+        index = read_json(folder / "model_index.json")
+        unused: dict[str, Any] = {name: None for name in UNUSED if name in index}
+        if "requires_safety_checker" in index:
+            unused["requires_safety_checker"] = False
+        return DiffusionPipeline.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            local_files_only=True,
+            variant=variant(folder, index, half=dtype.itemsize == 2),
+            low_cpu_mem_usage=importlib.util.find_spec("accelerate") is not None,
+            **unused,
+        )
+
+
+def read_vocabulary(folder: Path) -> dict[str, Any] | None:
+    """vocabulary.json: "prompts", "words", and perhaps "image_size" (pixels) and "guidance_scale" (by guidance)."""
+    path = folder / "vocabulary.json"
+    if not path.is_file():
+        return None
+    vocabulary = read_json(path)
+    missing = {"prompts", "words"} - set(vocabulary)
+    if missing:
+        raise InputError(f"{path}: {' and '.join(sorted(missing))} missing, expected lists of text.")
+    return vocabulary
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Half precision where it is fast."""
+    import torch
+
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def require(pipeline: Any, part: str, name: str) -> Any:
+    """A component of a pipeline; raises InputError if it has none of that name."""
+    component = getattr(pipeline, part, None)
+    if component is None:
+        raise InputError(f"{name}: a {type(pipeline).__name__} without {part}; expected {FAMILY}.")
+    return component
+
+
+def schedule(scheduler: Any, name: str) -> tuple[Tensor, str]:
+    """alphas_cumprod (T,) and prediction type of any diffusers scheduler; raises InputError for another kind of model.
+
+    Only these two are taken: what a scheduler does with them when sampling (k-diffusion's scaling of the input, say)
+    is not part of what the network was trained on.
+    """
+    from splatedit.diffusion import PREDICTIONS
+
+    table = getattr(scheduler, "alphas_cumprod", None)
+    kind = getattr(scheduler.config, "prediction_type", "epsilon")
+    if table is None or kind not in PREDICTIONS or getattr(scheduler.config, "use_flow_sigmas", False):
+        found = f"prediction_type {kind!r}" if table is not None else "no alphas_cumprod"
+        raise InputError(f"{name}: its scheduler {type(scheduler).__name__} has {found}; expected {FAMILY}.")
+    return table, kind
+
+
+def picture_size(unet: Any, vae: Any, vocabulary: dict[str, Any] | None) -> int:
+    """Side in pixels of the pictures a model was trained on."""
+    if vocabulary and "image_size" in vocabulary:
+        return int(vocabulary["image_size"])
+    size = unet.config.sample_size or 64
+    size = size if isinstance(size, int) else min(size)
+    return size * 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence progress bars, warnings and advice of diffusers and transformers, then put them back as they were."""
+    import warnings
+
+    import diffusers.utils.logging as d
+    import transformers.utils.logging as t
+
+    libraries = (d, t)
+    before = [(lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in libraries]
+    try:
+        for lib in libraries:
+            lib.set_verbosity(lib.CRITICAL)
+            lib.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for lib, (verbosity, bar) in zip(libraries, before, strict=True):
+            lib.set_verbosity(verbosity)
+            if bar:
+                lib.enable_progress_bar()
+
+
+# ------------------------------------------------------------------------------------------------- what a scene shows
+VIEWS = 4
+ROUNDS = ((1000, 4), (6, 8), (3, 12))  # prompts kept, draws of each: 24 prompts, 4 views: 384 + 192 + 144 rows
+
+
+def find_prompt(prior: Prior, z: Tensor, generator: torch.Generator) -> tuple[str, dict[str, float]]:
+    """The prompt of the prior's vocabulary that best explains latents z (views, c, h, w), and a table of all of them.
+
+    A diffusion classifier (arXiv 2303.16203) over at most four of the views, in rounds: prompts that fall behind get
+    no more evaluations. The table holds each prompt's mean denoising error, best first; errors of prompts that left in
+    an earlier round average fewer draws. A model without vocabulary gives "" and an empty table.
+    """
+    import torch
+
+    from splatedit.diffusion import denoising_errors
+
+    if prior.vocabulary is None:
+        return "", {}
+    views = z[torch.linspace(0, len(z) - 1, min(len(z), VIEWS)).round().long()]
+    left = list(prior.vocabulary)
+    total, drawn = dict.fromkeys(left, 0.0), dict.fromkeys(left, 0)
+    for keep, draws in ROUNDS:
+        left = sorted(left, key=lambda prompt: total[prompt])[:keep]
+        texts = [prior.text([prompt]) for prompt in left]
+        errors = denoising_errors(prior.denoise, views, texts, prior.alphas_cumprod, generator, draws)
+        for prompt, error in zip(left, errors.mean(0).tolist(), strict=True):
+            total[prompt] += error * draws
+            drawn[prompt] += draws
+    ranked = sorted(total, key=lambda prompt: (-drawn[prompt], total[prompt]))
+    return ranked[0], {prompt: total[prompt] / drawn[prompt] for prompt in ranked}

@@ -134,7 +134,7 @@ def read_ply(path: Path) -> Gaussians:
         extra=extra,
         comments=tuple(ply.comments) + tuple(c for element in ply for c in element.comments),
         obj_info=tuple(ply.obj_info),
-        elements={e.name: _native(e.data) for e in ply if e.name != "vertex" and len(e.data.dtype)},
+        elements={e.name: _native(e.data) for e in ply if e.name != "vertex" and not e.data.dtype.hasobject},
     )
 
 

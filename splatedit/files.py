@@ -47,14 +47,15 @@ def load(path: str | Path) -> Gaussians:
     comments in `comments`, other elements in `elements`. Normals that are all zero, which most writers add, are not
     kept: `save` writes the same zeros.
     """
-    path = _existing(Path(path).expanduser())
-    suffix = path.suffix.lower()
-    if suffix not in READERS:
-        found = f"a {suffix} file" if suffix else "a file without extension"
-        hint = f"convert it, e.g. `splat-transform {path.name} {path.with_suffix('.ply').name}`"
-        advice = hint if suffix in ELSEWHERE else "give a splat file"
-        raise InputError(f"{path}: found {found}, expected {_list(READERS)}; {advice}.")
+    path = Path(path).expanduser()
     try:
+        path = _existing(path)
+        suffix = path.suffix.lower()
+        if suffix not in READERS:
+            found = f"a {suffix} file" if suffix else "a file without extension"
+            hint = f"convert it, e.g. `splat-transform {path.name} {path.with_suffix('.ply').name}`"
+            advice = hint if suffix in ELSEWHERE else "give a splat file"
+            raise InputError(f"{path}: found {found}, expected {_list(READERS)}; {advice}.")
         return READERS[suffix](path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error

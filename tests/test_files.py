@@ -497,6 +497,7 @@ def test_a_missing_file_suggests_names_nearby(tmp_path):
     (tmp_path / "penguin.ply").unlink()
     fails(tmp_path / "zebra.ply", "holds no .ply file")
     fails(tmp_path, "is a folder", "holds no .ply file")
+    fails(tmp_path / f"{'a' * 300}.ply", "File name too long")
 
 
 # ---------------------------------------------------------------------------------------------------------------- save

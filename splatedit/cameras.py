@@ -291,7 +291,7 @@ def _rig(gaussians: Gaussians, angles: list[tuple[float, float]], size, fov: flo
     up = guess_up(gaussians) if up is None else check_up(up)
     centre, radius = bounds(gaussians)
     half = math.radians(fov) / 2
-    distance = 0.9 * radius / math.sin(half) / zoom  # the ball's rim is empty in almost every scene
+    distance = radius / math.sin(half) / zoom  # the ball just fits
     focal = min(width, height) / 2 / math.tan(half)
     w2c = torch.stack([_around(centre.double().cpu(), distance, *pair, up) for pair in angles])
     K = torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]]).expand(len(angles), 3, 3)

@@ -119,7 +119,7 @@ def test_distance_follows_fov_and_zoom():
     centre, radius = bounds(scene)
     for fov, zoom in [(45.0, 1.0), (90.0, 1.0), (30.0, 2.5)]:
         distance = (eyes(orbit(scene, 3, fov=fov, zoom=zoom)) - centre).norm(dim=1)
-        expected = 0.9 * radius / math.sin(math.radians(fov / 2)) / zoom
+        expected = radius / math.sin(math.radians(fov / 2)) / zoom
         torch.testing.assert_close(distance, torch.full((3,), expected))
 
 
@@ -130,7 +130,7 @@ def test_the_scene_spans_the_shorter_side(size):
     centre, radius = bounds(scene)
     pixels, _ = project(cameras, torch.stack([centre + radius * axis("+z"), centre - radius * axis("+z")]))
     short = min(cameras.width, cameras.height)
-    expected = short * math.cos(math.radians(25.0)) / 0.9
+    expected = short * math.cos(math.radians(25.0))
     torch.testing.assert_close(pixels[:, 1, 1] - pixels[:, 0, 1], torch.full((4,), expected))
     assert 0.95 * short < expected < 1.05 * short
 

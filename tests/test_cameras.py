@@ -132,7 +132,7 @@ def test_the_scene_spans_the_shorter_side(size):
     short = min(cameras.width, cameras.height)
     expected = short * math.cos(math.radians(25.0))
     torch.testing.assert_close(pixels[:, 1, 1] - pixels[:, 0, 1], torch.full((4,), expected))
-    assert 0.95 * short < expected < 1.05 * short
+    assert 0.9 * short < expected < short  # nothing of the ball is cut, little room is wasted
 
 
 def test_a_dome_is_rings_turned_against_each_other():

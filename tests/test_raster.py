@@ -36,12 +36,12 @@ def draw(scene: Scene, backend: str, weights: tuple[Tensor, Tensor] | None = Non
     return result
 
 
-def assert_agree(scene: Scene, other: str, device: str = "cpu", rtol: float = 5e-4, **options: Any) -> None:
+def assert_agree(scene: Scene, other: str, device: str = "cpu", rtol: float = 2e-4, **options: Any) -> None:
     """The other backend in float32 gives the numbers of the twin in float64, values and gradients.
 
     An alpha of 1/255 contributes or not by its last bit, and T at 1e-4 ends the pixel or not: a pixel in 200 may
-    differ, by little, and is left out of the loss whose gradients are then compared, relative to the largest; to 4 rtol,
-    since float32 loses more digits in them, by hand as by autograd.
+    differ, by little, and is left out of the loss whose gradients are then compared, relative to the largest. Depth is
+    weighed by alpha in that loss, since dividing by alpha makes much of the last bits where there is hardly anything.
     """
     exact, rough = to(scene, torch.float64), to(scene, device)
     with torch.no_grad():
@@ -57,18 +57,20 @@ def assert_agree(scene: Scene, other: str, device: str = "cpu", rtol: float = 5e
         torch.randn(a["image"].shape, generator=g, dtype=torch.float64) * sure,
         torch.randn(a["alphas"].shape, generator=g, dtype=torch.float64) * sure,
     )
+    if "ED" in options.get("render_mode", "RGB"):
+        weights[0][..., -1:] *= a["alphas"]
     a, b = draw(exact, "torch", weights, **options), draw(rough, other, weights, **options)
     for name, grad in a["grads"].items():
         if grad is None:  # viewmats and backgrounds of what does not depend on them
             assert b["grads"][name] is None or not b["grads"][name].any(), name
             continue
         error = (grad - b["grads"][name].cpu()).abs()
-        assert error.numel() == 0 or error.max() <= 4 * rtol * grad.abs().max() + 1e-6, f"{name}: {error.max():.2e}"
+        assert error.numel() == 0 or error.max() <= 3 * rtol * grad.abs().max() + 1e-5, f"{name}: {error.max():.2e}"
 
 
 @pytest.fixture(autouse=True)
 def threads():
-    """A function that sets the number of threads. One, until called: small tensors lose more by sharing than they gain."""
+    """A function that sets the number of threads; 1 until called, since small tensors lose by being shared out."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield torch.set_num_threads
@@ -404,7 +406,6 @@ def test_backends_are_what_the_documentation_says():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("kind", ["classic", "antialiased"])
 @pytest.mark.parametrize("name", [*SCENES, "cloud"])
 def test_gsplat_agrees_with_the_twin(name: str, kind: str):
@@ -418,7 +419,6 @@ def test_gsplat_agrees_with_the_twin(name: str, kind: str):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_cuda_tensors_go_to_gsplat():
     pytest.importorskip("gsplat")
     viewmats, Ks = cameras(1, 64, 64)

@@ -126,7 +126,7 @@ class _Project(torch.autograd.Function):
             shared = (view, K, width, height, eps2d, *limits, antialiased, F(MIN_COMPENSATION))
             _by_blocks(kernels.project, n, inputs, outputs, *shared)
         tensors = [torch.from_numpy(a) for a in (radii, means2d, depths, conics, compensations)]
-        ctx.save_for_backward(means, quats, scales, viewmats, Ks, tensors[0], tensors[3], tensors[4])
+        ctx.save_for_backward(means, quats, scales, viewmats, Ks, tensors[0], tensors[4])
         ctx.options = options
         ctx.mark_non_differentiable(tensors[0])
         ctx.set_materialize_grads(False)
@@ -135,7 +135,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, _, *upstream):
-        means, quats, scales, viewmats, Ks, radii, conics, compensations = map(_array, ctx.saved_tensors)
+        means, quats, scales, viewmats, Ks, radii, compensations = map(_array, ctx.saved_tensors)
         cameras, n = radii.shape[:2]
         shapes = ((cameras, n, 2), (cameras, n), (cameras, n, 3), (cameras, n))
         v_means2d, v_depths, v_conics, v_compensations = (
@@ -144,7 +144,7 @@ class _Project(torch.autograd.Function):
         outputs = [np.zeros_like(means), np.zeros_like(quats), np.zeros_like(scales)]
         v_viewmats = np.zeros_like(viewmats)
         for c in range(cameras):
-            inputs = [means, quats, scales, radii[c], conics[c], compensations[c]]
+            inputs = [means, quats, scales, radii[c], compensations[c]]
             inputs += [v_means2d[c], v_depths[c], v_conics[c], v_compensations[c]]
             sums = _chunk_sums(n)
             _by_blocks(kernels.project_backward, n, inputs, outputs, sums.reshape(-1), viewmats[c], Ks[c], *ctx.options)

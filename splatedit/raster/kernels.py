@@ -64,7 +64,7 @@ kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath=set(FAST))
 inline = njit(nogil=True, cache=True, error_model="numpy", fastmath=set(FAST), forceinline=True)
 
 
-# ---------------------------------------------------------------- small algebra on tuples of vectors (matrices by rows)
+# ---------------------------------------------------------------- small algebra: tuples of vectors, matrices by rows
 
 
 @inline
@@ -99,8 +99,33 @@ def _keep3(ok, a):
 
 
 @inline
-def _dot3(a, b):
+def _dot(a, b):
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+@inline
+def _cross(a, b):
+    return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
+
+
+@inline
+def _sum(r, a, s, b):
+    """r a + s b."""
+    return r * a[0] + s * b[0], r * a[1] + s * b[1], r * a[2] + s * b[2]
+
+
+@inline
+def _row_times(a, m):
+    """Row a times (3, 3) matrix m."""
+    return (a[0] * m[0] + a[1] * m[3] + a[2] * m[6], a[0] * m[1] + a[1] * m[4] + a[2] * m[7],
+            a[0] * m[2] + a[1] * m[5] + a[2] * m[8])  # fmt: skip
+
+
+@inline
+def _columns_times(m, s):
+    """m diag(s)."""
+    return (m[0] * s[0], m[1] * s[1], m[2] * s[2], m[3] * s[0], m[4] * s[1], m[5] * s[2],
+            m[6] * s[0], m[7] * s[1], m[8] * s[2])  # fmt: skip
 
 
 @inline
@@ -123,28 +148,8 @@ def _rotation(q):
 
 
 @inline
-def _columns_times(m, s):
-    """m diag(s)."""
-    return (m[0] * s[0], m[1] * s[1], m[2] * s[2], m[3] * s[0], m[4] * s[1], m[5] * s[2],
-            m[6] * s[0], m[7] * s[1], m[8] * s[2])  # fmt: skip
-
-
-@inline
-def _multiply(a, m):
-    """(2, 3) a times (3, 3) m."""
-    return (
-        a[0] * m[0] + a[1] * m[3] + a[2] * m[6],
-        a[0] * m[1] + a[1] * m[4] + a[2] * m[7],
-        a[0] * m[2] + a[1] * m[5] + a[2] * m[8],
-        a[3] * m[0] + a[4] * m[3] + a[5] * m[6],
-        a[3] * m[1] + a[4] * m[4] + a[5] * m[7],
-        a[3] * m[2] + a[4] * m[5] + a[5] * m[8],
-    )
-
-
-@inline
 def _aligned(size):
-    """Uninitialised floats from the begin of a cache line on: a vector across two lines costs half as much again."""
+    """Uninitialised floats from the start of a cache line on: a vector across two lines costs half as much again."""
     memory = np.empty(size + LANES, np.float32)
     skip = ((64 - (memory.ctypes.data & 63)) & 63) >> 2
     return memory[skip : skip + size]
@@ -165,51 +170,54 @@ def _to_camera(view, p):
 
 
 @inline
-def _frustum(intrinsics, width, height):
+def _frustum(K, width, height):
     """Bounds of x / z and y / z: 15 % of the image beyond its edges, where the Jacobian stops changing."""
-    fx, fy, cx, cy = intrinsics[0, 0], intrinsics[1, 1], intrinsics[0, 2], intrinsics[1, 2]
-    margin_x, margin_y = F(0.15) * width / fx, F(0.15) * height / fy
-    return -cx / fx - margin_x, (width - cx) / fx + margin_x, -cy / fy - margin_y, (height - cy) / fy + margin_y
+    margin_x, margin_y = F(0.15) * width / K[0, 0], F(0.15) * height / K[1, 1]
+    return (-K[0, 2] / K[0, 0] - margin_x, (width - K[0, 2]) / K[0, 0] + margin_x,
+            -K[1, 2] / K[1, 1] - margin_y, (height - K[1, 2]) / K[1, 1] + margin_y)  # fmt: skip
 
 
 @inline
-def _screen_jacobian(view, jx, jxz, jy, jyz):
-    """T = J R, the (2, 3) derivative of the pixel by the world point; J = [jx 0 jxz; 0 jy jyz], R = view[:3, :3]."""
-    return (
-        jx * view[0, 0] + jxz * view[2, 0], jx * view[0, 1] + jxz * view[2, 1], jx * view[0, 2] + jxz * view[2, 2],
-        jy * view[1, 0] + jyz * view[2, 0], jy * view[1, 1] + jyz * view[2, 1], jy * view[1, 2] + jyz * view[2, 2],
-    )  # fmt: skip
+def _jacobian(view, K, frustum, u, v, inverse_z):
+    """Derivatives of the pixel: J = [jx 0 jxz; 0 jy jyz] by the point in the camera, T = J R by that in the world."""
+    jx, jy = inverse_z * K[0, 0], inverse_z * K[1, 1]
+    jxz, jyz = -jx * vmin(vmax(u, frustum[0]), frustum[1]), -jy * vmin(vmax(v, frustum[2]), frustum[3])
+    t0 = (jx * view[0, 0] + jxz * view[2, 0], jx * view[0, 1] + jxz * view[2, 1], jx * view[0, 2] + jxz * view[2, 2])
+    t1 = (jy * view[1, 0] + jyz * view[2, 0], jy * view[1, 1] + jyz * view[2, 1], jy * view[1, 2] + jyz * view[2, 2])
+    return (jx, jxz, jy, jyz), t0, t1
+
+
+@inline
+def _ellipse(b0, b1, eps2d):
+    """xx, xy, yy and determinant of B B^T + eps2d 1, determinant of B B^T, cross product n of the rows of B.
+
+    det B B^T = n . n, and det(A + e 1) = det A + e trace A + e^2: free of the cancellation that in float32 makes
+    xx yy - xy xy pure noise for a needle.
+    """
+    xx, xy, yy, n = _dot(b0, b0), _dot(b0, b1), _dot(b1, b1), _cross(b0, b1)
+    sharp = _dot(n, n)
+    return xx + eps2d, xy, yy + eps2d, sharp + (xx + yy + eps2d) * eps2d, sharp, n
 
 
 @kernel
-def project(begin, end, chunk, means, quats, scales, opacities, radii, means2d, depths, conics, compensations, view,
-            intrinsics, width, height, eps2d, near, far, clip, antialiased, least):  # fmt: skip
+def project(begin, end, chunk, means, quats, scales, opacities, radii, means2d, depths, conics, compensations, view, K,
+            width, height, eps2d, near, far, clip, antialiased, least):  # fmt: skip
     """EWA projection into one camera: csrc/ProjectionEWA3DGSFused.cu, include/Utils.cuh (persp_proj, add_blur).
 
     With B = T rot(q) diag(s) the covariance on screen is B B^T + eps2d 1, the conic its inverse, the compensation
     sqrt(det B B^T / det(B B^T + eps2d 1)), no less than `least`. A Gaussian that cannot be seen gets radii 0.
     """
-    fx, fy, cx, cy = intrinsics[0, 0], intrinsics[1, 1], intrinsics[0, 2], intrinsics[1, 2]
-    left, right, top, bottom = _frustum(intrinsics, width, height)
+    frustum = _frustum(K, width, height)
     for i in range(begin * LANES, end * LANES, LANES):
         x, y, z = _to_camera(view, _read3(means, i))
         ok = (z >= near) & (z <= far)
         inverse_z = F(1) / where(ok, z, F(1))
         u, v = x * inverse_z, y * inverse_z
-        column, row = u * fx + cx, v * fy + cy
-        jx, jy = inverse_z * fx, inverse_z * fy
-        jxz, jyz = -jx * vmin(vmax(u, left), right), -jy * vmin(vmax(v, top), bottom)
+        column, row = u * K[0, 0] + K[0, 2], v * K[1, 1] + K[1, 2]
+        _, t0, t1 = _jacobian(view, K, frustum, u, v, inverse_z)
         q, _ = _unit4(_read4(quats, i))
-        shape = _columns_times(_rotation(q), _read3(scales, i))
-        b = _multiply(_screen_jacobian(view, jx, jxz, jy, jyz), shape)
-        cxx, cyy = b[0] * b[0] + b[1] * b[1] + b[2] * b[2], b[3] * b[3] + b[4] * b[4] + b[5] * b[5]
-        cxy = b[0] * b[3] + b[1] * b[4] + b[2] * b[5]
-        # det b b^T is the squared cross product of b's rows, and det (C + e 1) = det C + e tr C + e^2: without the
-        # cancellation that makes cxx cyy - cxy cxy noise for a needle
-        n0, n1, n2 = b[1] * b[5] - b[2] * b[4], b[2] * b[3] - b[0] * b[5], b[0] * b[4] - b[1] * b[3]
-        sharp = n0 * n0 + n1 * n1 + n2 * n2
-        det = sharp + (cxx + cyy) * eps2d + eps2d * eps2d
-        cxx, cyy = cxx + eps2d, cyy + eps2d
+        m = _columns_times(_rotation(q), _read3(scales, i))
+        xx, xy, yy, det, sharp, _ = _ellipse(_row_times(t0, m), _row_times(t1, m), eps2d)
         ok = ok & (det > F(0)) & (det < F(1e38))
         inverse_det = F(1) / where(ok, det, F(1))
         compensation = vsqrt(vmax(sharp * inverse_det, least * least))
@@ -218,8 +226,7 @@ def project(begin, end, chunk, means, quats, scales, opacities, radii, means2d, 
             opacity = opacity * compensation
         seen = ok & (opacity >= F(1))
         extend = vmin(vsqrt(vlog(where(seen, opacity, F(1))) * F(2)), EXTEND)
-        rx = vmin(vceil(extend * vsqrt(cxx)), RADIUS_MAX)
-        ry = vmin(vceil(extend * vsqrt(cyy)), RADIUS_MAX)
+        rx, ry = vmin(vceil(extend * vsqrt(xx)), RADIUS_MAX), vmin(vceil(extend * vsqrt(yy)), RADIUS_MAX)
         seen = seen & ((rx > clip) | (ry > clip))
         seen = seen & (column + rx > F(0)) & (column - rx < width) & (row + ry > F(0)) & (row - ry < height)
         vscatter(radii, 2 * i, 2, where(seen, rx, F(0)))
@@ -227,30 +234,35 @@ def project(begin, end, chunk, means, quats, scales, opacities, radii, means2d, 
         vscatter(means2d, 2 * i, 2, where(ok, column, F(0)))
         vscatter(means2d, 2 * i + 1, 2, where(ok, row, F(0)))
         vstore(depths, i, z)
-        vscatter(conics, 3 * i, 3, where(ok, cyy * inverse_det, F(0)))
-        vscatter(conics, 3 * i + 1, 3, where(ok, -cxy * inverse_det, F(0)))
-        vscatter(conics, 3 * i + 2, 3, where(ok, cxx * inverse_det, F(0)))
+        vscatter(conics, 3 * i, 3, where(ok, yy * inverse_det, F(0)))
+        vscatter(conics, 3 * i + 1, 3, where(ok, -xy * inverse_det, F(0)))
+        vscatter(conics, 3 * i + 2, 3, where(ok, xx * inverse_det, F(0)))
         vstore(compensations, i, where(ok, compensation, F(0)))
 
 
 @inline
-def _covariance_gradient(p, v, compensation, v_compensation, eps2d, antialiased):
-    """v of the covariance, a symmetric matrix, from that of its inverse p and of the compensation.
+def _ellipse_gradient(ok, b0, b1, v_conic, compensation, v_compensation, eps2d, antialiased):
+    """v of the rows of B, from those of the conic P = (B B^T + e 1)^-1 and of the compensation.
 
-    v_C = -P V P (V has half of v_b off the diagonal); include/Utils.cuh add_blur_vjp for the second part, 1e-6 and all.
+    v_B = -2 P V (P B), with V the symmetric matrix of half v_xy. In the needle's own direction P B is small and P is
+    large, so P B is formed without cancellation: adj(B B^T) B has the rows b1 x n and n x b0. Of the compensation c,
+    c^2 = det B B^T / det, the derivative is that of gsplat's include/Utils.cuh add_blur_vjp, with its 1e-6:
+    v_B = v_c / (c + 1e-6) (e / det) ((trace + e) P B - B).
     """
-    vxx, vxy, vyy = v[0], v[1] * F(0.5), v[2]
-    a, b = p[0] * vxx + p[1] * vxy, p[0] * vxy + p[1] * vyy
-    c, d = p[1] * vxx + p[2] * vxy, p[1] * vxy + p[2] * vyy
-    gxx, gxy, gyy = -(a * p[0] + b * p[1]), -(a * p[1] + b * p[2]), -(c * p[1] + d * p[2])
+    xx, xy, yy, det, _, n = _ellipse(b0, b1, eps2d)
+    inverse = F(1) / where(ok, det, F(1))
+    s0, s1 = _cross(b1, n), _cross(n, b0)
+    w0, w1 = _sum(inverse, s0, inverse * eps2d, b0), _sum(inverse, s1, inverse * eps2d, b1)
+    vxx, vxy, vyy = v_conic[0], v_conic[1] * F(0.5), v_conic[2]
+    y0, y1 = _sum(vxx, w0, vxy, w1), _sum(vxy, w0, vyy, w1)
+    k = inverse * F(-2)
+    v0, v1 = _sum(k * yy, y0, -k * xy, y1), _sum(-k * xy, y0, k * xx, y1)
     if antialiased:
-        v_square = v_compensation * F(0.5) / (compensation + F(1e-6))
-        rest = F(1) - compensation * compensation
-        blur = (p[0] * p[2] - p[1] * p[1]) * eps2d
-        gxx = gxx + v_square * (rest * p[0] - blur)
-        gxy = gxy + v_square * (rest * p[1])
-        gyy = gyy + v_square * (rest * p[2] - blur)
-    return gxx, gxy, gyy
+        k = v_compensation / (compensation + F(1e-6)) * inverse * eps2d
+        r = k * (xx + yy - eps2d)
+        c0, c1 = _sum(r, w0, -k, b0), _sum(r, w1, -k, b1)
+        v0, v1 = _sum(F(1), v0, F(1), c0), _sum(F(1), v1, F(1), c1)
+    return v0, v1
 
 
 @inline
@@ -266,71 +278,62 @@ def _quaternion_gradient(q, scale, n):
 
 
 @kernel
-def project_backward(begin, end, chunk, means, quats, scales, radii, conics, compensations, v_means2d, v_depths,
-                     v_conics, v_compensations, v_means, v_quats, v_scales, v_view, view, intrinsics, width, height,
-                     eps2d, antialiased):  # fmt: skip
+def project_backward(begin, end, chunk, means, quats, scales, radii, compensations, v_means2d, v_depths, v_conics,
+                     v_compensations, v_means, v_quats, v_scales, v_view, view, K, width, height, eps2d,
+                     antialiased):  # fmt: skip
     """Adds to v_means, v_quats, v_scales; row `chunk` of v_view receives the sum over this range for view[:3].
 
     Unseen Gaussians take part with harmless numbers in place of their own, which may be infinite.
     """
-    fx, fy = intrinsics[0, 0], intrinsics[1, 1]
-    left, right, top, bottom = _frustum(intrinsics, width, height)
+    frustum = _frustum(K, width, height)
     g00 = g01 = g02 = g03 = g10 = g11 = g12 = g13 = g20 = g21 = g22 = g23 = vsplat(F(0))
     for i in range(begin * LANES, end * LANES, LANES):
         ok = (vgather(radii, 2 * i, 2) > F(0)) & (vgather(radii, 2 * i + 1, 2) > F(0))
         if not any_lane(ok):
             continue
-        # forward again
+        # forward again: B = T m, m = r diag(s)
         p = _keep3(ok, _read3(means, i))
         x, y, z = _to_camera(view, p)
         inverse_z = F(1) / where(ok, z, F(1))
-        u, v = where(ok, x, F(0)) * inverse_z, where(ok, y, F(0)) * inverse_z
-        jx, jy = inverse_z * fx, inverse_z * fy
-        uc, vc = vmin(vmax(u, left), right), vmin(vmax(v, top), bottom)
-        jxz, jyz = -jx * uc, -jy * vc
-        t = _screen_jacobian(view, jx, jxz, jy, jyz)
-        raw = _read4(quats, i)
-        q, norm = _unit4((where(ok, raw[0], F(1)), where(ok, raw[1], F(0)), where(ok, raw[2], F(0)),
-                          where(ok, raw[3], F(0))))  # fmt: skip
+        u, v = x * inverse_z, y * inverse_z
+        (jx, jxz, jy, jyz), t0, t1 = _jacobian(view, K, frustum, u, v, inverse_z)
+        q = _read4(quats, i)
+        q, norm = _unit4((where(ok, q[0], F(1)), where(ok, q[1], F(0)), where(ok, q[2], F(0)), where(ok, q[3], F(0))))
         r, s = _rotation(q), _keep3(ok, _read3(scales, i))
         m = _columns_times(r, s)
-        b = _multiply(t, m)
-        # covariance = b b^T, b = t m, m = r diag(s)
-        gxx, gxy, gyy = _covariance_gradient(
-            _read3(conics, i), _keep3(ok, _read3(v_conics, i)), where(ok, vload(compensations, i), F(1)),
-            where(ok, vload(v_compensations, i), F(0)), eps2d, antialiased)  # fmt: skip
-        gxx, gxy, gyy = gxx * F(2), gxy * F(2), gyy * F(2)
-        vb = (gxx * b[0] + gxy * b[3], gxx * b[1] + gxy * b[4], gxx * b[2] + gxy * b[5],
-              gxy * b[0] + gyy * b[3], gxy * b[1] + gyy * b[4], gxy * b[2] + gyy * b[5])  # fmt: skip
-        n = (t[0] * vb[0] + t[3] * vb[3], t[0] * vb[1] + t[3] * vb[4], t[0] * vb[2] + t[3] * vb[5],
-             t[1] * vb[0] + t[4] * vb[3], t[1] * vb[1] + t[4] * vb[4], t[1] * vb[2] + t[4] * vb[5],
-             t[2] * vb[0] + t[5] * vb[3], t[2] * vb[1] + t[5] * vb[4], t[2] * vb[2] + t[5] * vb[5])  # fmt: skip
+        # through the ellipse to B, then to m = T^T v_B, and from there to scales and rotation
+        b0, b1 = _ellipse_gradient(
+            ok, _row_times(t0, m), _row_times(t1, m), _keep3(ok, _read3(v_conics, i)),
+            where(ok, vload(compensations, i), F(1)), where(ok, vload(v_compensations, i), F(0)), eps2d, antialiased,
+        )  # fmt: skip
+        n = (*_sum(t0[0], b0, t1[0], b1), *_sum(t0[1], b0, t1[1], b1), *_sum(t0[2], b0, t1[2], b1))
         _add3(v_scales, i, (n[0] * r[0] + n[3] * r[3] + n[6] * r[6], n[1] * r[1] + n[4] * r[4] + n[7] * r[7],
                             n[2] * r[2] + n[5] * r[5] + n[8] * r[8]))  # fmt: skip
         _add4(v_quats, i, _quaternion_gradient(q, norm, _columns_times(n, s)))
-        vt = _multiply(vb, (m[0], m[3], m[6], m[1], m[4], m[7], m[2], m[5], m[8]))
-        # t = J R
-        v_jx = vt[0] * view[0, 0] + vt[1] * view[0, 1] + vt[2] * view[0, 2]
-        v_jxz = vt[0] * view[2, 0] + vt[1] * view[2, 1] + vt[2] * view[2, 2]
-        v_jy = vt[3] * view[1, 0] + vt[4] * view[1, 1] + vt[5] * view[1, 2]
-        v_jyz = vt[3] * view[2, 0] + vt[4] * view[2, 1] + vt[5] * view[2, 2]
-        # the point in the camera: through its pixel, its depth, and J; a clamped uc = const gives x no gradient
+        # to T = J R, and to J
+        transposed = (m[0], m[3], m[6], m[1], m[4], m[7], m[2], m[5], m[8])
+        vt0, vt1 = _row_times(b0, transposed), _row_times(b1, transposed)
+        v_jx = vt0[0] * view[0, 0] + vt0[1] * view[0, 1] + vt0[2] * view[0, 2]
+        v_jxz = vt0[0] * view[2, 0] + vt0[1] * view[2, 1] + vt0[2] * view[2, 2]
+        v_jy = vt1[0] * view[1, 0] + vt1[1] * view[1, 1] + vt1[2] * view[1, 2]
+        v_jyz = vt1[0] * view[2, 0] + vt1[1] * view[2, 1] + vt1[2] * view[2, 2]
+        # to the point in the camera, by its pixel, its depth and J; beyond the frustum jxz does not depend on x
         v_column = where(ok, vgather(v_means2d, 2 * i, 2), F(0))
         v_row = where(ok, vgather(v_means2d, 2 * i + 1, 2), F(0))
-        kx, ky = jx * inverse_z, jy * inverse_z
-        free_x, free_y = (u >= left) & (u <= right), (v >= top) & (v <= bottom)
-        vx = jx * v_column - where(free_x, kx * v_jxz, F(0))
-        vy = jy * v_row - where(free_y, ky * v_jyz, F(0))
-        vz = where(ok, vload(v_depths, i), F(0)) - jx * u * v_column - jy * v * v_row - kx * v_jx - ky * v_jy
-        vz = vz + kx * v_jxz * uc * where(free_x, F(2), F(1)) + ky * v_jyz * vc * where(free_y, F(2), F(1))
+        inside_x, inside_y = (u >= frustum[0]) & (u <= frustum[1]), (v >= frustum[2]) & (v <= frustum[3])
+        vx = jx * (v_column - where(inside_x, v_jxz * inverse_z, F(0)))
+        vy = jy * (v_row - where(inside_y, v_jyz * inverse_z, F(0)))
+        vz = jx * v_jx + jy * v_jy + jxz * v_jxz * where(inside_x, F(2), F(1))
+        vz = -(vz + jyz * v_jyz * where(inside_y, F(2), F(1))) * inverse_z
+        vz = vz + where(ok, vload(v_depths, i), F(0)) - jx * u * v_column - jy * v * v_row
         _add3(v_means, i, (vx * view[0, 0] + vy * view[1, 0] + vz * view[2, 0],
                            vx * view[0, 1] + vy * view[1, 1] + vz * view[2, 1],
                            vx * view[0, 2] + vy * view[1, 2] + vz * view[2, 2]))  # fmt: skip
-        g00, g01, g02 = g00 + vx * p[0] + jx * vt[0], g01 + vx * p[1] + jx * vt[1], g02 + vx * p[2] + jx * vt[2]
-        g10, g11, g12 = g10 + vy * p[0] + jy * vt[3], g11 + vy * p[1] + jy * vt[4], g12 + vy * p[2] + jy * vt[5]
-        g20 = g20 + vz * p[0] + jxz * vt[0] + jyz * vt[3]
-        g21 = g21 + vz * p[1] + jxz * vt[1] + jyz * vt[4]
-        g22 = g22 + vz * p[2] + jxz * vt[2] + jyz * vt[5]
+        g00, g01, g02 = g00 + vx * p[0] + jx * vt0[0], g01 + vx * p[1] + jx * vt0[1], g02 + vx * p[2] + jx * vt0[2]
+        g10, g11, g12 = g10 + vy * p[0] + jy * vt1[0], g11 + vy * p[1] + jy * vt1[1], g12 + vy * p[2] + jy * vt1[2]
+        g20 = g20 + vz * p[0] + jxz * vt0[0] + jyz * vt1[0]
+        g21 = g21 + vz * p[1] + jxz * vt0[1] + jyz * vt1[1]
+        g22 = g22 + vz * p[2] + jxz * vt0[2] + jyz * vt1[2]
         g03, g13, g23 = g03 + vx, g13 + vy, g23 + vz
     store_sums(v_view, chunk * LANES, (g00, g01, g02, g03, g10, g11, g12, g13, g20, g21, g22, g23))
 
@@ -480,7 +483,7 @@ def color_backward(begin, end, chunk, means, coefficients, radii, colors, v_colo
             vstore(v_block, at + 2 * LANES, fma(b, v2, vload(v_block, at + 2 * LANES)))
             if bend:
                 c = (vload(block, at), vload(block, at + LANES), vload(block, at + 2 * LANES))
-                vstore(along, j * LANES, _dot3(c, (v0, v1, v2)))
+                vstore(along, j * LANES, _dot(c, (v0, v1, v2)))
         _store_rows(v_coefficients, i, width, v_block)
         if bend and degree >= 1:
             vx, vy, vz = _basis_slope(degree, x, y, z, along)

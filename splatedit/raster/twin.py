@@ -89,7 +89,7 @@ def project(
 
 
 def basis(degree: int, directions: Tensor) -> Tensor:
-    """Real spherical harmonics (..., (degree + 1)^2), degree 0 to 3, of unit vectors (..., 3); gsplat's order and signs."""
+    """Real spherical harmonics (..., (degree + 1)^2) of unit vectors (..., 3), in gsplat's order and signs."""
     x, y, z = directions.unbind(-1)
     values = [torch.full_like(x, 0.2820947917738781)]
     if degree >= 1:

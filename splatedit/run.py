@@ -70,7 +70,8 @@ class Log(NamedTuple):
     psnr: list[float]  # dB to the source
     drift: list[list[float]]  # ids: posterior-mean drift after each FPR iteration
     seconds: dict[str, float]  # summed over the steps: render, prior, encode, optimise
-    wall: float  # seconds of the whole loop
+    before: float  # seconds before the first step: drawing and encoding the source
+    wall: float  # seconds of the steps themselves
     interrupted: bool
 
 
@@ -83,7 +84,7 @@ def run(config: Config, console: Console | None = None, command: Sequence[str] |
     """
     from splatedit.priors import check_prior
 
-    console = console or Console(stderr=True, highlight=False)
+    console = console or Console(stderr=True, highlight=False, soft_wrap=True)
     started, clock = datetime.now().astimezone(), time.perf_counter()
     check(config)
     if not config.prompt.strip():
@@ -199,16 +200,18 @@ def optimise(job: Job, console: Console) -> Log:
     config = job.config
     steps = editing.edit(job.gaussians, config.prompt, job.source_prompt, model=job.prior, up=job.up, **options(job))
     loss, distance, drift, seconds = [], [], [], {}
-    last, interrupted, start = None, False, time.perf_counter()
+    last, interrupted, before, start = None, False, 0.0, time.perf_counter()
     with progress_bar(console, config.steps) as show:
         try:
             for last in steps:
+                if not loss:
+                    before = time.perf_counter() - start - sum(last.seconds.values())
                 loss.append(last.loss)
                 distance.append(last.psnr_to_source)
                 drift.append(last.residuals)
                 for part, spent in last.seconds.items():
                     seconds[part] = seconds.get(part, 0.0) + spent
-                show(last, (time.perf_counter() - start) / len(loss))
+                show(last, (time.perf_counter() - start - before) / len(loss))
                 warn_early(console, last)
         except KeyboardInterrupt:
             if last is None:
@@ -217,7 +220,8 @@ def optimise(job: Job, console: Console) -> Log:
             done = f"after {len(loss)} of {config.steps} steps; writing what is done."
             console.print(f"[bold yellow]Interrupted[/] {done}")
     assert last is not None
-    return Log(last, loss, distance, drift, seconds, time.perf_counter() - start, interrupted)
+    wall = time.perf_counter() - start - before
+    return Log(last, loss, distance, drift, seconds, before, wall, interrupted)
 
 
 def options(job: Job) -> dict[str, Any]:
@@ -404,6 +408,7 @@ def facts(job: Job, log: Log) -> dict[str, Any]:
         "steps": done,
         "steps_asked": config.steps,
         "seconds_per_step": {"all": log.wall / done, **{k: v / done for k, v in log.seconds.items()}},
+        "source_seconds": log.before,
         "edit_seconds": log.wall,
         "device": device_name(prior.device),
         "versions": versions(),
@@ -480,4 +485,4 @@ def tell(console: Console, report: Report, prompt: str) -> None:
         return
     title = {"unchanged": "NOTHING CHANGED", "noise": "THE EDIT WENT TO NOISE"}[report.verdict]
     text = "\n".join([line, *(f"  try {hint}" for hint in report.advice)])
-    console.print(Panel(escape(text), title=f"[bold red]{title}", border_style="red", expand=False))
+    console.print(Panel(escape(text), title=f"[bold red]{title}", border_style="red", expand=False), soft_wrap=False)

@@ -138,6 +138,17 @@ def test_run_prints_the_path_alone(call, scene_file, tiny_model, tmp_path, monke
     assert (record["steps"], record["guidance"], record["prompt"]) == (2, "dds", "a dog")
 
 
+def test_flags_that_are_not_given_leave_the_file_alone(tmp_path, monkeypatch, call):
+    seen = []
+    monkeypatch.setattr("splatedit.run.run", lambda config, **_: seen.append(config) or sys.exit(0))
+    (tmp_path / "c.yaml").write_text("offline: true\nviewer: true\nseed: 5\nguidance_scale: 2\n")
+    call("run", "a.ply", "a pig", "--config", tmp_path / "c.yaml")
+    call("run", "a.ply", "a pig", "--config", tmp_path / "c.yaml", "--no-viewer", "--seed", 0, "guidance_scale=null")
+    call("run", "a.ply", "a pig", "--offline")
+    found = [(c.offline, c.viewer, c.seed, c.guidance_scale) for c in seen]
+    assert found == [(True, True, 5, 2.0), (True, False, 0, None), (True, False, 0, None)]
+
+
 def test_ctrl_c_in_a_real_process_keeps_what_is_done(scene_file, tiny_model, tmp_path):
     words = [scene_file, "a pig", "--source-prompt", "a cat", "--model", tiny_model, "-o", tmp_path / "out"]
     command = [sys.executable, "-m", "splatedit", "run", *map(str, words), "--steps", "600", "--cameras", "orbit:2"]

@@ -99,7 +99,7 @@ def test_a_run_writes_everything_it_promises(config, cloud, scene_file):
     assert record["interrupted"] is False and record["mended_splats"] == 0 and record["up"] == "-y"
     assert set(record["seconds_per_step"]) == {"all", *PARTS}
     assert 0 < sum(record["seconds_per_step"][p] for p in PARTS) <= record["seconds_per_step"]["all"]
-    assert record["edit_seconds"] < record["wall_seconds"]
+    assert 0 < record["source_seconds"] and record["source_seconds"] + record["edit_seconds"] < record["wall_seconds"]
     assert 0 < record["network_evaluations"]["edit"] < record["network_evaluations"]["all"]
     assert record["peak_memory_mib"]["process"] > 50
     assert record["versions"]["torch"] == torch.__version__ and "python" in record["versions"]
@@ -334,5 +334,5 @@ def test_a_terminal_gets_a_bar(config, monkeypatch, few_frames):
 def test_curve_of_an_edit_without_drift():
     from splatedit.run import Log
 
-    log = Log(None, [1.0, math.nan], [math.inf, 20.0], [[], []], {}, 1.0, False)  # type: ignore[arg-type]
+    log = Log(None, [1.0, math.nan], [math.inf, 20.0], [[], []], {}, 0.5, 1.0, False)  # type: ignore[arg-type]
     assert curve(log) == {"loss": [1.0, None], "psnr": [None, 20.0]}

@@ -195,7 +195,7 @@ SIZES = (
     (512, 1),
     (256, 4),
     (128, 8),
-)  # pixels and views of the steps, in turn: fine and coarse
+)  # pixels and views of the steps, in turn
 
 
 def refine(
@@ -204,11 +204,13 @@ def refine(
     spacing: Tensor,
     rng: np.random.Generator,
     steps: int = 500,
+    sizes: tuple[tuple[int, int], ...] = SIZES,
     backend: str = "auto",
 ) -> Gaussians:
-    """Fit the splats to pictures of the mesh from all sides, in the sizes of SIZES, on backgrounds of all colours.
+    """Fit the splats to pictures of the mesh from all sides, on backgrounds of all colours.
 
-    spacing: (n,), scene units; the discs stay of that size, near their first place and opaque.
+    spacing: (n,), scene units; the discs stay of that size, near their first place and opaque. sizes: pixels and
+    number of views of the steps, in turn.
     """
     from splatedit.rendering import render
 
@@ -218,7 +220,7 @@ def refine(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = RATES[group["name"]] * (0.02 + 0.98 * math.cos(math.pi / 2 * step / steps) ** 2)
-        size, views = SIZES[step % len(SIZES)]
+        size, views = sizes[step % len(sizes)]
         cameras = random_cameras(views, size, rng)
         # A splat that is not opaque, or sticks out, shows against a background it was not drawn on before.
         colors = np.where(rng.random((views, 1)) < 0.3, 1, rng.random((views, 3))).astype(np.float32)
@@ -253,16 +255,24 @@ def keep_shape(values: dict[str, Tensor], start: Gaussians, spacing: Tensor) -> 
     values["sh0"].clamp_(start.sh0 - drift, start.sh0 + drift).clamp_(-0.5 / SH_C0, 0.5 / SH_C0)
 
 
-def make_scene(mesh: Mesh, seed: int = 0, *, count: int = 15_000, steps: int = 500, backend: str = "auto") -> Gaussians:
+def make_scene(
+    mesh: Mesh,
+    seed: int = 0,
+    *,
+    count: int = 15_000,
+    steps: int = 500,
+    sizes: tuple[tuple[int, int], ...] = SIZES,
+    backend: str = "auto",
+) -> Gaussians:
     """Splats of one mesh: about `count` discs on its visible surface, refined for `steps` Adam steps.
 
-    The same seed gives the same splats, bit for bit, on a CPU.
+    sizes: see `refine`. The same seed gives the same splats, bit for bit, on a CPU.
     """
     rng = np.random.default_rng(seed)
     surface = visible_surface(mesh, 20 * count, rng)
     chosen, spacing = spread(surface, count)
     gaussians = discs(surface, chosen, spacing)
-    return refine(gaussians, mesh, torch.from_numpy(spacing.astype(np.float32)), rng, steps, backend)
+    return refine(gaussians, mesh, torch.from_numpy(spacing.astype(np.float32)), rng, steps, sizes, backend)
 
 
 @torch.no_grad()

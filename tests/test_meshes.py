@@ -113,6 +113,21 @@ def test_corner_colors_are_interpolated():
     np.testing.assert_allclose(row, (np.arange(10) + 0.5) / 10, atol=1e-5)
 
 
+def test_depth_and_colours_follow_the_perspective():
+    """A tilted square in front of and behind an upright one; the colour of the tilted one is its own position."""
+    turn = np.array([[1, 0, 0], [0, 0.5, -0.866], [0, 0.866, 0.5]], np.float32)
+    tilted = square(side=3.0)
+    tilted = tilted._replace(corners=tilted.corners @ turn.T, colors=tilted.corners / 3 + np.float32(0.5))
+    image, coverage = drawn(joined(square(z=0.3, side=9.0, color=BLUE), tilted), supersample=1)
+    height = -((np.arange(40) + 0.5) - 20) / 40  # of the ray through a row, at unit distance
+    along = 4 * height / (0.5 + 0.866 * height)  # where it meets the tilted plane, from its middle upwards
+    front = (0.866 * along > 0.31) & (along < 1.49)
+    hidden = 0.866 * along < 0.29
+    assert front.sum() > 5 and hidden.sum() > 15 and coverage.min() == 1
+    np.testing.assert_allclose(image[front, 20, 1], along[front] / 3 + 0.5, atol=1e-3)
+    np.testing.assert_allclose(image[hidden, 20], np.broadcast_to(BLUE, (hidden.sum(), 3)), atol=1e-5)
+
+
 def test_what_lies_behind_the_camera_or_beyond_the_picture_leaves_no_trace():
     behind, beside = square(z=6.0), square()._replace(corners=square().corners + np.array([9, 0, 0], np.float32))
     image, coverage = drawn(joined(behind, beside), background=(0.2, 0.4, 0.6))

@@ -140,6 +140,7 @@ def _fill_triangles(triangles, colors, image, zbuffer):
         area = (x1 - x0) * (y2 - y0) - (x2 - x0) * (y1 - y0)
         if z0 <= 0.1 or z1 <= 0.1 or z2 <= 0.1 or abs(area) < 1e-9:
             continue
+        i0, i1, i2 = 1 / z0, 1 / z1, 1 / z2  # what is linear in a picture is the inverse of the depth
         left, right = max(0, int(min(x0, x1, x2))), min(size - 1, int(max(x0, x1, x2)) + 1)
         top, bottom = max(0, int(min(y0, y1, y2))), min(size - 1, int(max(y0, y1, y2)) + 1)
         for row in range(top, bottom + 1):
@@ -150,8 +151,9 @@ def _fill_triangles(triangles, colors, image, zbuffer):
                 b2 = 1 - b0 - b1
                 if b0 < 0 or b1 < 0 or b2 < 0:
                     continue
-                z = b0 * z0 + b1 * z1 + b2 * z2
+                z = 1 / (b0 * i0 + b1 * i1 + b2 * i2)
                 if z < zbuffer[row, column]:
                     zbuffer[row, column] = z
+                    w0, w1, w2 = b0 * i0 * z, b1 * i1 * z, b2 * i2 * z
                     for k in range(3):
-                        image[row, column, k] = b0 * colors[i, 0, k] + b1 * colors[i, 1, k] + b2 * colors[i, 2, k]
+                        image[row, column, k] = w0 * colors[i, 0, k] + w1 * colors[i, 1, k] + w2 * colors[i, 2, k]

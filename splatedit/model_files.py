@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ def locate(model: str, offline: bool = False) -> Path | None:
     if model in NAMES:
         return NAMES[model]
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path
     if path.is_file():
         raise InputError(
@@ -63,13 +62,15 @@ def cached(model: str, offline: bool) -> Path | None:
     try:
         check_folder(folder, model)
     except InputError:
-        return folder if offline else None
+        return folder if offline or hub_is_off() else None
     return folder
 
 
 def hub_is_off() -> bool:
-    """Whether the environment forbids asking the hub."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    """Whether the environment (HF_HUB_OFFLINE) forbids asking the hub."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
 
 
 def check_folder(folder: Path, model: str) -> None:

@@ -67,6 +67,8 @@ class Prior:
         self.name, self.device, self.evaluations = name or type(pipeline).__name__, torch.device(device), 0
         self.dtype = dtype or default_dtype(self.device)
         self.pipeline, self.unet, self.vae = pipeline, *(require(pipeline, part, self.name) for part in ("unet", "vae"))
+        if getattr(pipeline, "text_encoder_2", None) is None:
+            require(pipeline, "text_encoder", self.name)
         self.words = vocabulary
         self.vocabulary = tuple(vocabulary["prompts"]) if vocabulary else None
         self.alphas_cumprod, self.prediction_type = schedule(pipeline.scheduler, self.name)
@@ -205,17 +207,16 @@ class Prior:
         return to_eps_x0(output.to(x.dtype), x, a, s, self.prediction_type)[0]
 
 
-# ------------------------------------------------------------------------------------------------------------- loading
+# -------------------------------------------------------------------------------------------------------------- loading
 def check_prior(model: str = "pocket", offline: bool = False) -> None:
     """Raise InputError, within a second and without importing torch, if a model is not there or not whole.
 
     A hub id that is not in the cache passes unless `offline`: whether the hub has it is known when it is loaded.
     """
-    offline = offline or hub_is_off()
     folder = locate(model, offline)
     if folder is not None:
         check_folder(folder, model)
-    elif offline:
+    elif offline or hub_is_off():
         raise InputError(
             f"{model}: no such folder here, and not in the cache of the hub, which may not be asked (offline); load it "
             "once with a network, or give a folder or `pocket`."
@@ -353,7 +354,7 @@ def quiet() -> Iterator[None]:
                 lib.enable_progress_bar()
 
 
-# ------------------------------------------------------------------------------------------------- what a scene shows
+# --------------------------------------------------------------------------------------------------- what a scene shows
 VIEWS = 4
 ROUNDS = ((1000, 4), (6, 8), (3, 12))  # prompts kept, draws of each: 24 prompts, 4 views: 384 + 192 + 144 rows
 

@@ -382,6 +382,8 @@ def test_float64_goes_to_the_twin():
         ({"opacities": torch.zeros(10, 1)}, r"opacities \(10, 1\).*\(10,\)"),
         ({"scales": torch.zeros(10, 3, dtype=torch.float64)}, "scales is torch.float64"),
         ({"viewmats": torch.eye(4)}, r"viewmats \(4, 4\)"),
+        ({"viewmats": torch.eye(4).tolist()}, "viewmats is a list"),
+        ({"viewmats": torch.zeros(0, 4, 4), "Ks": torch.zeros(0, 3, 3), "backgrounds": None}, "one camera"),
         ({"colors": torch.zeros(10, 4, 3)}, r"colors \(10, 4, 3\).*at least 16"),
         ({"colors": torch.zeros(10, 16, 3), "sh_degree": None}, "without sh_degree"),
         ({"colors": torch.zeros(2, 10, 16, 3)}, "per camera"),

@@ -81,7 +81,8 @@ def rasterization(
     backgrounds: (c, d) or None, which is 0.
     render_mode: "RGB" the colours, "D" the depth along the view axis summed with the same weights, "ED" that divided by
         alpha; "RGB+D" and "RGB+ED" have it as the last channel.
-    absgrad: let backward leave the sums over pixels of absolute gradients in meta["means2d"].absgrad, (c, n, 2).
+    absgrad: let backward leave the sums over pixels of absolute gradients in meta["means2d"].absgrad, (c, n, 2); on a
+        CPU these are summed over groups of four channels as well.
     packed, sparse_grad: must be False; they give `meta` other shapes.
     tile_size, channel_chunk: gsplat's; on a CPU the tile has 16 pixels and channels go in groups of four.
     backend: a key of BACKENDS. "auto" is "gsplat" for CUDA tensors, "cpu" for float32 tensors on a CPU (or, with one
@@ -260,6 +261,10 @@ def _shape(tensor: Tensor) -> str:
 
 def _check(**a: Any) -> None:
     """Shapes, types and choices."""
+    tensors = ("means", "quats", "scales", "opacities", "colors", "viewmats", "Ks", "backgrounds")
+    for name in tensors:
+        if not isinstance(a[name], Tensor) and not (name == "backgrounds" and a[name] is None):
+            raise InputError(f"rasterization: {name} is a {type(a[name]).__name__} where a tensor is expected.")
     means, viewmats, colors, degree = a["means"], a["viewmats"], a["colors"], a["sh_degree"]
     if means.dim() != 2:
         raise InputError(f"rasterization: means {_shape(means)} where (n, 3) is expected: no batch dimensions.")
@@ -277,7 +282,9 @@ def _check(**a: Any) -> None:
             raise InputError(
                 f"rasterization: backgrounds {_shape(a['backgrounds'])} where ({c}, {channels}) is expected."
             )
-    for name in ("quats", "scales", "opacities", "colors", "viewmats", "Ks", "backgrounds"):
+    if c == 0:
+        raise InputError("rasterization: viewmats (0, 4, 4) where at least one camera is expected.")
+    for name in tensors:
         t = a[name]
         if t is not None and (t.dtype != means.dtype or t.device != means.device):
             raise InputError(

@@ -42,7 +42,7 @@ def project(
 
 def color(degree: int, means: Tensor, eyes: Tensor, coefficients: Tensor, radii: Tensor) -> Tensor:
     """max(SH + 1/2, 0) seen from eyes (c, 3): (c, n, 3), 0 where radii are 0. coefficients (n, k, 3)."""
-    return _Colour.apply(degree, means, eyes, coefficients, radii)  # pyright: ignore
+    return _Color.apply(degree, means, eyes, coefficients, radii)  # pyright: ignore
 
 
 def composite(
@@ -153,7 +153,7 @@ class _Project(torch.autograd.Function):
         return v_means, v_quats, v_scales, None, torch.from_numpy(v_viewmats), None, None, None
 
 
-class _Colour(torch.autograd.Function):
+class _Color(torch.autograd.Function):
     @staticmethod
     def forward(ctx, degree, means, eyes, coefficients, radii):
         cameras, n = radii.shape[:2]
@@ -216,9 +216,9 @@ def _pair_up(
 
     start = np.zeros(total + 1, np.int64)
     np.cumsum(touched, out=start[1:])
-    parts = pool.chunks_of(max(counts.tolist(), default=0), 4096, 4)  # of the Gaussians of a camera
+    parts = pool.chunks_of(int(counts.max()), 4096, 4)  # of the Gaussians of a camera, each with its own counts
     ranges = np.array([[c * n + counts[c] * p // parts, c * n + counts[c] * (p + 1) // parts]
-                       for c in range(cameras) for p in range(parts)], np.int64)  # fmt: skip
+                       for c in range(cameras) for p in range(parts)])  # fmt: skip
     pair_counts = np.zeros((cameras * parts, tiles), np.int64)
     pool.run(kernels.count_pairs, len(ranges), len(ranges), ranges, order, records, pair_counts, columns)
     by_part = pair_counts.reshape(cameras, parts, tiles)
@@ -241,17 +241,17 @@ class _Composite(torch.autograd.Function):
         paired = _pair_up(means2d, conics, opacities, colors, radii, depths, (width, height))
         image, alphas = np.empty((cameras, height, width, channels), F), np.empty((cameras, height, width, 1), F)
         transmittances = np.empty(cameras * height * width, F)
-        lasts = np.empty(cameras * height * width, np.int32)  # (pixels of all cameras,)
+        lasts = np.empty(cameras * height * width, np.int32)
         for first in range(0, channels, 4):
             if first:
                 _recolor(paired, colors, first)
             pool.run(
-                kernels.composite, len(paired.tiles), 64, paired.tiles, paired.records, paired.pairs, paired.starts,
-                _array(backgrounds).reshape(-1), image.reshape(-1), alphas.reshape(-1), transmittances, lasts,
-                *paired.grid, channels, first, F(ALPHA_MAX), divide,
+                kernels.composite, len(paired.tiles), pool.chunks_of(len(paired.tiles), 1), paired.tiles,
+                paired.records, paired.pairs, paired.starts, _array(backgrounds).reshape(-1), image.reshape(-1),
+                alphas.reshape(-1), transmittances, lasts, *paired.grid, channels, first, F(ALPHA_MAX), divide,
             )  # fmt: skip
         result = torch.from_numpy(image)
-        ctx.save_for_backward(means2d, colors, backgrounds, result)
+        ctx.save_for_backward(means2d, colors, backgrounds, result if divide else None)
         ctx.paired, ctx.pixels, ctx.options = paired, (transmittances, lasts), options
         return result, torch.from_numpy(alphas)
 
@@ -262,6 +262,7 @@ class _Composite(torch.autograd.Function):
         paired, (transmittances, lasts) = ctx.paired, ctx.pixels
         width, height, divide, absgrad = ctx.options
         (cameras, n, channels), v = colors.shape, _array(v_image).reshape(-1)
+        divided = _array(image).reshape(-1) if divide else np.empty(0, F)
         gradients = _aligned(len(paired.pairs) * RECORD)
         v_means2d, v_conics = np.empty((cameras, n, 2), F), np.empty((cameras, n, 3), F)
         v_opacities, v_colors = np.empty((cameras, n), F), np.empty((cameras, n, channels), F)
@@ -270,8 +271,8 @@ class _Composite(torch.autograd.Function):
             if channels > 4:
                 _recolor(paired, colors, first)
             pool.run(
-                kernels.composite_backward, len(paired.tiles), 64, paired.tiles, paired.records, paired.pairs,
-                paired.slots, paired.starts, _array(backgrounds).reshape(-1), _array(image).reshape(-1),
+                kernels.composite_backward, len(paired.tiles), pool.chunks_of(len(paired.tiles), 1), paired.tiles,
+                paired.records, paired.pairs, paired.slots, paired.starts, _array(backgrounds).reshape(-1), divided,
                 transmittances, lasts, v, _array(v_alphas).reshape(-1), gradients, *paired.grid, channels, first,
                 F(ALPHA_MAX), divide, absgrad,
             )  # fmt: skip

@@ -58,7 +58,8 @@ RECORD = 16
 AHEAD = 6  # records to prefetch ahead
 RADIUS_MAX = F(2**30)  # pixels; a larger float has no int32
 
-# cache=True keeps the machine code in __pycache__ (or NUMBA_CACHE_DIR), keyed by this file's time stamp and the CPU.
+# cache=True keeps the machine code in __pycache__ (or NUMBA_CACHE_DIR), keyed by the CPU and the time stamp of this
+# file, not of simd.py and constants.py: delete __pycache__/kernels*.nb* after a change there.
 # error_model="numpy" makes 1 / 0 infinite instead of a test for it.
 kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath=set(FAST))
 inline = njit(nogil=True, cache=True, error_model="numpy", fastmath=set(FAST), forceinline=True)
@@ -772,7 +773,7 @@ BEHIND, V_COLOR = 2 * PIXELS, 3 * PIXELS
 
 
 @kernel
-def composite_backward(begin, end, chunk, tiles, records, pairs, slots, starts, backgrounds, image, transmittances,
+def composite_backward(begin, end, chunk, tiles, records, pairs, slots, starts, backgrounds, divided, transmittances,
                        lasts, v_image, v_alphas, gradients, columns, rows, width, height, channels, first, alpha_max,
                        divide, absolute):  # fmt: skip
     """Back to front: writes the backward record of each pair of these tiles; csrc/RasterizeToPixels3DGSBwd.cu.
@@ -780,6 +781,7 @@ def composite_backward(begin, end, chunk, tiles, records, pairs, slots, starts, 
     With d = v_image . colour, the colours behind enter as one number per pixel,
     behind = sum over what is behind of d weight + T_end (v_image . background - v_alpha), and
     v_alpha_i = d_i T_i - behind / (1 - alpha_i),  v_sigma_i = -alpha_i v_alpha_i, 0 where alpha was cut at alpha_max.
+    divided: the image, if `divide`, else nothing.
     """
     plane = _aligned(7 * PIXELS)
     deepest = np.empty(BLOCKS, np.int64)  # last contributor of a block
@@ -807,7 +809,7 @@ def composite_backward(begin, end, chunk, tiles, records, pairs, slots, starts, 
                     if divide and k == channels - 1:  # depth / alpha
                         v /= max(F(1) - t, F(1e-10))
                         if F(1) - t > F(1e-10):
-                            end_v += v * image[pixel * channels + k]
+                            end_v += v * divided[pixel * channels + k]
                     else:
                         end_v += v * backgrounds[camera * channels + k]
                     plane[V_COLOR + (k - first) * PIXELS + p] = v

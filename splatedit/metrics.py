@@ -154,7 +154,7 @@ def judge(report: Report, finite: bool = True, same_prompt: bool = False) -> Rep
         report.verdict = "noise"
         report.advice = [
             "lower the guidance scale (--guidance-scale)",
-            "lower the learning rates (lr_sh0=0.005 lr_means=0.001)",
+            "lower the learning rates (lr_sh0=0.01 lr_means=0.0005)",
             "raise the smoothing (neighbours=32)",
         ]
     elif report.changed_share < 0.01 or report.psnr_to_source > 45:

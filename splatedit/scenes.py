@@ -20,11 +20,11 @@ class Rates(NamedTuple):
     logit opacity, SH coefficient. 0 freezes a group.
     """
 
-    means: float = 2e-3
-    quats: float = 2e-3
-    scales: float = 5e-3
+    means: float = 1.5e-3
+    quats: float = 1e-3
+    scales: float = 3e-3
     opacities: float = 2e-2
-    sh0: float = 1e-2
+    sh0: float = 3e-2
     shN: float = 0.0
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -402,6 +403,19 @@ def test_an_unknown_argument_is_an_error():
 
 def test_backends_are_what_the_documentation_says():
     assert list(BACKENDS) == ["auto", "cpu", "torch", "gsplat"]
+
+
+def test_gsplat_is_asked_for_by_name_where_it_is_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "gsplat", None)
+    on_cuda = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    with pytest.raises(InputError, match=r"pip install splatedit\[cuda\]"):
+        BACKENDS["auto"](means=on_cuda)
+
+
+def test_gsplat_gets_all_arguments(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "gsplat", SimpleNamespace(rasterization=lambda **arguments: arguments))
+    on_cuda = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    assert BACKENDS["auto"](means=on_cuda, packed=False, eps2d=0.1) == {"means": on_cuda, "packed": False, "eps2d": 0.1}
 
 
 # ---------------------------------------------------------------- on a GPU

@@ -85,7 +85,7 @@ def rasterization(
         CPU these are summed over groups of four channels as well.
     packed, sparse_grad: must be False; they give `meta` other shapes.
     tile_size, channel_chunk: gsplat's; on a CPU the tile has 16 pixels and channels go in groups of four.
-    backend: a key of BACKENDS. "auto" is "gsplat" for CUDA tensors, "cpu" for float32 tensors on a CPU (or, with one
+    backend: a key of BACKENDS. "auto" is "gsplat" for float32 CUDA tensors, "cpu" for float32 CPU tensors (or, with one
         warning, "torch" where numba is missing or cannot compile), and "torch" for everything else.
     others: further arguments of gsplat.rasterization, which only gsplat can do.
 
@@ -112,9 +112,10 @@ def rasterization(
 
 
 def _gsplat(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    if not arguments["means"].is_cuda:
+    means = arguments["means"]
+    if not means.is_cuda or means.dtype != torch.float32:
         raise InputError(
-            f'rasterization: backend "gsplat" needs CUDA tensors, means is on {arguments["means"].device}.'
+            f'rasterization: backend "gsplat" takes float32 CUDA tensors, means is {means.dtype} on {means.device}.'
         )
     try:
         from gsplat import rasterization as gsplat_rasterization  # pyright: ignore[reportMissingImports]
@@ -151,7 +152,7 @@ def _torch(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
 
 def _auto(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
     means = arguments["means"]
-    if means.is_cuda:
+    if means.is_cuda and means.dtype == torch.float32:
         return _gsplat(**arguments)
     if means.device.type == "cpu" and means.dtype == torch.float32 and _can_compile():
         return _cpu(**arguments)

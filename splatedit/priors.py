@@ -356,16 +356,16 @@ def quiet() -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------------------- what a scene shows
-VIEWS = 4
-ROUNDS = ((1000, 4), (6, 8), (3, 12))  # prompts kept, draws of each: 24 prompts, 4 views: 384 + 192 + 144 rows
+VIEWS = 8  # looked at; each has a noise level of its own in every draw
+ROUNDS = ((None, 1), (8, 3), (3, 4))  # prompts kept, draws of each view: of 24 prompts 192 + 192 + 96 evaluations
 
 
 def find_prompt(prior: Prior, z: Tensor, generator: torch.Generator) -> tuple[str, dict[str, float]]:
     """The prompt of the prior's vocabulary that best explains latents z (views, c, h, w), and a table of all of them.
 
-    A diffusion classifier (arXiv 2303.16203) over at most four of the views, in rounds: prompts that fall behind get
-    no more evaluations. The table holds each prompt's mean denoising error, best first; errors of prompts that left in
-    an earlier round average fewer draws. A model without vocabulary gives "" and an empty table.
+    A diffusion classifier (arXiv 2303.16203) on at most VIEWS of the views, in rounds: prompts that fall behind get no
+    more evaluations. The table holds each prompt's mean denoising error, best first; errors of prompts that left in an
+    earlier round average fewer draws. A model without vocabulary gives "" and an empty table.
     """
     import torch
 
@@ -373,13 +373,14 @@ def find_prompt(prior: Prior, z: Tensor, generator: torch.Generator) -> tuple[st
 
     if prior.vocabulary is None:
         return "", {}
-    views = z[torch.linspace(0, len(z) - 1, min(len(z), VIEWS)).round().long()]
+    views = z[torch.randperm(len(z), generator=generator, device=generator.device)[:VIEWS].to(z.device)]
+    often = -(-VIEWS // len(views))  # few views: each is drawn more often
     left = list(prior.vocabulary)
     total, drawn = dict.fromkeys(left, 0.0), dict.fromkeys(left, 0)
     for keep, draws in ROUNDS:
         left = sorted(left, key=lambda prompt: total[prompt])[:keep]
         texts = [prior.text([prompt]) for prompt in left]
-        errors = denoising_errors(prior.denoise, views, texts, prior.alphas_cumprod, generator, draws)
+        errors = denoising_errors(prior.denoise, views, texts, prior.alphas_cumprod, generator, draws * often)
         for prompt, error in zip(left, errors.mean(0).tolist(), strict=True):
             total[prompt] += error * draws
             drawn[prompt] += draws

@@ -102,7 +102,7 @@ class Splats:
 
 def nearest(points: Tensor, count: int) -> Tensor:
     """Indices (n, count) of the nearest points of each point, itself included."""
-    from scipy.spatial import cKDTree
+    from scipy.spatial import cKDTree  # pyright: ignore[reportAttributeAccessIssue]  (scipy ships no stubs)
 
     host = points.detach().cpu().numpy()
     _, index = cKDTree(host).query(host, k=min(count, len(host)))

@@ -13,6 +13,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ WORDS = ("view", "on", "background", "photo", "of", "the", "and", "with", "pictu
 
 
 # ------------------------------------------------------------------------------------------------ the parts, untrained
-def new_vae():
+def new_vae() -> Any:
     """diffusers' AutoencoderTiny, factor 8, 4 channels: convolutions only, so its gradients stay local and cheap."""
     from diffusers import AutoencoderTiny
 
@@ -43,7 +44,7 @@ def new_vae():
     )
 
 
-def new_unet():
+def new_unet() -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -84,7 +85,7 @@ def new_tokenizer(names: tuple[str, ...]):
     )
 
 
-def new_text_encoder(tokens: int):
+def new_text_encoder(tokens: int) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(
@@ -103,7 +104,7 @@ def new_text_encoder(tokens: int):
     )
 
 
-def new_scheduler():
+def new_scheduler() -> Any:
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -173,7 +174,7 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[:, :, 1:] - x[:, :, :-1], x[..., 1:] - x[..., :-1]
 
 
-def vae_loss(vae: nn.Module, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def vae_loss(vae: Any, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """L1 + 0.5 L2 + L1 of the picture's gradients, and a weak pull of the latents to mean 0, size 1."""
     with torch.autocast("cpu", torch.bfloat16):
         z = vae.encode(x).latents.float()
@@ -185,7 +186,7 @@ def vae_loss(vae: nn.Module, x: Tensor, generator: torch.Generator) -> tuple[Ten
     return error.abs().mean() + 0.5 * error.square().mean() + edge + pull, error.detach().square().mean() / 4
 
 
-def train_vae(data: Pictures, work: Path, steps: int, minutes: float, seed: int) -> nn.Module:
+def train_vae(data: Pictures, work: Path, steps: int, minutes: float, seed: int) -> Any:
     path, clock = work / "vae.pt", Clock(steps, minutes)
     torch.manual_seed(seed)
     vae = new_vae().to(memory_format=torch.channels_last)

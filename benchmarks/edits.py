@@ -146,17 +146,27 @@ def tables(runs: list[dict], score: float, console: Console) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--meshes", type=Path, required=True, help="folder of the Cube Pets .glb files (CC0)")
+    parser.add_argument("--meshes", type=Path, help="folder of the Cube Pets .glb files (CC0)")
     parser.add_argument("--scenes", type=Path, default=Path(__file__).parent.parent / "scenes")
     parser.add_argument("--pairs", nargs="+", default=PAIRS)
     parser.add_argument("--methods", nargs="+", default=("ids", "dds", "sds"))
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--points", type=int, default=10, help="measurements along each run")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--scale", type=float, help="one guidance scale for all methods (default: each its own)")
     parser.add_argument("--score", type=float, default=0.0, help="judge log-odds at which methods are compared")
     parser.add_argument("--output", type=Path, help="write all runs and tables here as JSON")
+    parser.add_argument("--merge", nargs="+", type=Path, help="no runs: the tables of these earlier outputs together")
     args = parser.parse_args()
+    if args.merge:
+        parts = [json.loads(path.read_text()) for path in args.merge]
+        runs = [run for part in parts for run in part["runs"]]
+        finish(runs, args, {k: parts[0][k] for k in ("machine", "date", "settings")})
+        return
+    if not args.meshes:
+        parser.error("--meshes is needed")
+    torch.set_num_threads(args.threads)
     console, prior, runs = Console(width=170), load_prior("pocket"), []
     for pair in args.pairs:
         a, b = pair.split(":")
@@ -169,12 +179,16 @@ def main() -> None:
                 console.print(pair, seed, method, {k: round(v, 3) for k, v in last.items()})
                 if args.output:  # after every run: a long benchmark may be cut off
                     args.output.write_text(json.dumps({"runs": runs}, indent=1))
-    summary = tables(runs, args.score, console)
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    settings = {k: str(v) for k, v in vars(args).items() if k not in ("output", "merge", "meshes", "scenes")}
+    finish(runs, args, {"machine": machine, "date": time.strftime("%Y-%m-%d"), "settings": settings})
+
+
+def finish(runs: list[dict], args, facts: dict) -> None:
+    """Print the tables and, if asked, write everything as JSON."""
+    summary = tables(runs, args.score, Console(width=170))
     if args.output:
-        machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-        settings = {k: str(v) for k, v in vars(args).items() if k not in ("output", "meshes", "scenes")}
-        facts = {"machine": machine, "date": time.strftime("%Y-%m-%d"), "settings": settings}
-        args.output.write_text(json.dumps({**facts, "summary": summary, "runs": runs}, indent=1))
+        args.output.write_text(json.dumps({**facts, "summary": summary, "runs": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -154,7 +154,10 @@ def write_ply(gaussians: Gaussians, stream: IO[bytes], path: Path) -> None:
         comments=[_header_text(c) for c in gaussians.comments],
         obj_info=[_header_text(c) for c in gaussians.obj_info],
     )
-    ply.write(stream)
+    # plyfile's own write goes through a memoryview, which numpy refuses for a column with ":" in its name.
+    stream.write(ply.header.encode("ascii") + b"\n")
+    for element in ply.elements:
+        stream.write(element.data.astype(element.dtype("<"), copy=False).tobytes())
 
 
 READERS = {".ply": read_ply}

@@ -93,7 +93,7 @@ class Ruler:
 def run_one(prior, ruler: Ruler, prompt: str, source: str, method: str, seed: int, args) -> dict:
     """One edit, measured at `args.points` evenly spaced steps."""
     marks = {round(args.steps * (k + 1) / args.points) - 1 for k in range(args.points)}
-    options = {} if args.scale is None else {"guidance_scale": args.scale}
+    options = {"guidance_scale": args.scale, "fpr_lambda": args.fpr_lambda}
     curve, spent, start = [], 0.0, time.perf_counter()
     for step in edit(
         ruler.source, prompt, source, model=prior, guidance=method, steps=args.steps, seed=seed, up="-y", **options
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--points", type=int, default=10, help="measurements along each run")
+    parser.add_argument("--fpr-lambda", type=float, default=1.0, help="of ids")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--scale", type=float, help="one guidance scale for all methods (default: each its own)")
     parser.add_argument("--score", type=float, default=0.0, help="judge log-odds at which methods are compared")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from splatedit.cameras import RIGS, Cameras, bounds
-from splatedit.diffusion import Draw, guided, repeat, sample_draw
+from splatedit.diffusion import guided, repeat, sample_draw
 from splatedit.errors import InputError
 from splatedit.gaussians import Gaussians
 from splatedit.guidance import GUIDANCE, Request
@@ -34,6 +35,7 @@ class Step(NamedTuple):
     evaluations: int  # network rows evaluated so far
     residuals: list[float]  # posterior-mean drift |z_src - z_0| / |z_src| after each FPR iteration; empty but for ids
     psnr_to_source: float  # dB, of this step's renders
+    state: Callable[[], dict[str, Any]]  # everything that decides the next step; call it before taking that step
 
 
 class Stopwatch:
@@ -147,7 +149,20 @@ def edit(
             evaluations=prior.evaluations,
             residuals=drift(history, latents[chosen]),
             psnr_to_source=psnr(image.detach(), images[chosen]),
+            state=partial(state, scene, generator, index + 1),
         )
+
+
+def state(scene: Splats, generator: torch.Generator, done: int) -> dict[str, Any]:
+    """What a checkpoint holds: steps done, parameters, their running mean, Adam's moments, the generator's state."""
+    return {
+        "step": done,
+        "parameters": {k: p.detach() for k, p in scene.parameters.items()},
+        "mean": scene.mean,
+        "averaged": scene.averaged,
+        "optimizer": scene.optimizer.state_dict(),
+        "generator": generator.get_state(),
+    }
 
 
 def resolve_device(device: str) -> str:
@@ -198,6 +213,3 @@ def drift(history: list, z_source: Tensor) -> list[float]:
         return []
     size = z_source.flatten(1).norm(dim=1)
     return (history[0].residuals / size).mean(1).tolist()
-
-
-__all__ = ["Draw", "Step", "edit"]

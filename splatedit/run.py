@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -296,6 +297,7 @@ def write(job: Job, console: Console, folder: Path, log: Log) -> dict[str, Any]:
     raw = log.last.gaussians.to("cpu")
     edited, lost = mend(raw, job.gaussians)
     save(edited._replace(comments=(*job.gaussians.comments, signature(job))), folder / "edited.ply")
+    write_checkpoint(log.last, job.config, folder / "ckpts" / "last.pt")
     record, report, pairs = facts(job, log), None, []
     try:
         with console.status("measuring the change"):
@@ -318,6 +320,17 @@ def write(job: Job, console: Console, folder: Path, log: Log) -> dict[str, Any]:
     if report:
         tell(console, report, job.config.prompt)
     return record
+
+
+def write_checkpoint(step: Step, config: Config, path: Path) -> None:
+    """The state of the edit after `step`, as `torch.load(path, weights_only=True)` reads it; written whole or not."""
+    import torch
+
+    from splatedit.files import atomic
+
+    path.parent.mkdir()
+    with atomic(path) as stream:
+        torch.save({**step.state(), "config": asdict(config)}, stream)
 
 
 def mend(edited: Gaussians, source: Gaussians) -> tuple[Gaussians, int]:

@@ -99,6 +99,15 @@ def test_steps_report_what_happened(red, prior):
     assert last.psnr_to_source < 60
 
 
+def test_a_step_s_state_is_what_the_optimiser_holds(red, prior):
+    last = run(red, prior, steps=4, average_last=0.5)[-1]
+    state = last.state()
+    assert state["step"] == 4 and state["averaged"] == 2
+    assert torch.equal(state["mean"]["sh0"], last.gaussians.sh0)
+    assert not torch.equal(state["parameters"]["sh0"], red.sh0)
+    assert all(int(moments["step"]) == 4 for moments in state["optimizer"]["state"].values())
+
+
 @pytest.mark.parametrize(("guidance", "rows"), [("sds", 2), ("dds", 4)])
 def test_null_source_and_target_go_through_the_network_as_one_batch(red, prior, guidance, rows):
     run(red, prior, guidance=guidance, steps=2, views_per_step=3)

@@ -61,6 +61,7 @@ def fake_edit(monkeypatch, *changes, then=None):
                 7,
                 [],
                 99.0 if same else 20.0,
+                lambda: {"step": 1},
             )
         if then is not None:
             raise then
@@ -78,8 +79,21 @@ def test_a_run_writes_everything_it_promises(config, cloud, scene_file):
     folder, record = outcome.folder, outcome.record
     names = {p.name for p in folder.iterdir()}
     assert names == {
-        *("config.yaml", "cmd.txt", "run.json", "edited.ply", "renders", "turntable.mp4", "metrics.json", "report.html")
+        *(
+            "config.yaml",
+            "cmd.txt",
+            "run.json",
+            "edited.ply",
+            "renders",
+            "turntable.mp4",
+            "metrics.json",
+            "report.html",
+        ),
+        "ckpts",
     }
+    last = torch.load(folder / "ckpts" / "last.pt", weights_only=True)
+    assert last["step"] == config.steps and last["config"]["prompt"] == "a pig"
+    assert last["parameters"]["means"].shape == cloud.means.shape and last["optimizer"]["state"]
     assert folder.parent.name == "ball" and folder.name.startswith("a-pig@")
     assert (folder / "cmd.txt").read_text() == "splatedit run ball.ply 'a pig'\n"
     assert load_config(folder / "config.yaml") == config

@@ -65,6 +65,21 @@ def test_an_interrupted_training_ends_with_the_same_weights(data, tmp_path, smal
             assert torch.equal(p, q), name
 
 
+def test_a_sample_sheet_is_drawn_at_every_checkpoint(data, tmp_path, small):
+    from PIL import Image
+
+    vae = train.new_vae().eval()
+
+    def show(unet, text, tokenizer, step):
+        path = tmp_path / f"{step}.png"
+        train.draw_samples(unet, text, tokenizer, vae, 1.0, ["a cat", "a pig, side view"], path, steps=2)
+
+    latents = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(1)).half()
+    train.train_denoiser(data, latents, tmp_path, 2, 1e9, seed=0, every=0, show=show)
+    assert {p.name for p in tmp_path.glob("*.png")} == {"1.png", "2.png"}
+    assert Image.open(tmp_path / "2.png").size == (2 * 32, 32)
+
+
 def test_the_autoencoder_learns_a_flat_picture(tmp_path):
     """One colour is quickly learnt: the error after 60 steps is a small part of what it was after 2."""
     flat = Pictures(np.full((4, 16, 16, 3), (200, 60, 90), np.uint8), np.zeros((4, 3), int), ("cat",))

@@ -242,8 +242,30 @@ def embed(text_encoder, tokenizer, prompts: list[str]) -> Tensor:
     return text_encoder(words.input_ids)[0]
 
 
-def train_denoiser(data: Pictures, latents: Tensor, work: Path, steps: int, minutes: float, seed: int, every: float):
-    """Epsilon prediction on latents scaled to size 1; AdamW, EMA, checkpoint and sample sheet every `every` minutes."""
+@torch.no_grad()
+def draw_samples(unet, text, tokenizer, vae, scale: float, prompts: list[str], path: Path, steps: int = 20) -> None:
+    """A sample sheet to look at while training: one picture of each prompt from the same noise, guidance scale 3."""
+    from PIL import Image
+
+    schedule, side = new_scheduler(), unet.config.sample_size
+    schedule.set_timesteps(steps)
+    told = embed(text, tokenizer, [""] * len(prompts) + prompts)
+    z = torch.randn(len(prompts), 4, side, side, generator=torch.Generator().manual_seed(0))
+    for t in schedule.timesteps:
+        free, asked = unet(torch.cat([z, z]), t, told).sample.chunk(2)
+        z = schedule.step(free + 3 * (asked - free), t, z).prev_sample
+    pictures = vae.decode(z / scale).sample.clamp(-1, 1)
+    sheet = torch.cat(list(pictures), 2).permute(1, 2, 0).add(1).mul(127.5)
+    Image.fromarray(sheet.byte().numpy()).save(path)
+
+
+def train_denoiser(
+    data: Pictures, latents: Tensor, work: Path, steps: int, minutes: float, seed: int, every: float, show=None
+):
+    """Epsilon prediction on latents scaled to size 1; AdamW, EMA, a checkpoint every `every` minutes.
+
+    show: called with the averaged unet, text encoder, tokenizer and the step at each checkpoint.
+    """
     path, clock = work / "denoiser.pt", Clock(steps, minutes)
     torch.manual_seed(seed)
     tokenizer, schedule = new_tokenizer(data.names), new_scheduler()
@@ -285,6 +307,8 @@ def train_denoiser(data: Pictures, latents: Tensor, work: Path, steps: int, minu
             states = [m.state_dict() for m in [*modules, *average.modules]]
             state = {"modules": states, "optimizer": optimizer.state_dict(), "rng": rng.get_state()}
             save_checkpoint(path, **state, step=clock.step, spent=clock.spent, curve=curve)
+            if show is not None:
+                show(*average.modules, tokenizer, clock.step)
     return average.modules[0].eval(), average.modules[1].eval(), tokenizer, curve
 
 
@@ -334,8 +358,13 @@ def main() -> None:
     scale = float(1 / latents.std())
     print(f"latents: mean {latents.mean((0, 2, 3)).tolist()}, scaling factor {scale:.4f}", flush=True)
     latents = (latents * scale).half()
+
+    def show(unet, text, tokenizer, step: int) -> None:
+        prompts, path = [caption(n) for n in data.names], args.work / f"samples-{step:06d}.png"
+        draw_samples(unet, text, tokenizer, vae, scale, prompts, path)
+
     unet, text, tokenizer, curve = train_denoiser(
-        data, latents, args.work, args.unet_steps, args.unet_minutes, args.seed, args.every
+        data, latents, args.work, args.unet_steps, args.unet_minutes, args.seed, args.every, show
     )
     (args.work / "curve.json").write_text(json.dumps(curve))
     export(args.output, vae, unet, text, tokenizer, scale, data.names)

@@ -1,3 +1,4 @@
+import functools
 import json
 import signal
 import subprocess
@@ -153,7 +154,10 @@ def test_ctrl_c_in_a_real_process_keeps_what_is_done(scene_file, tiny_model, tmp
     words = [scene_file, "a pig", "--source-prompt", "a cat", "--model", tiny_model, "-o", tmp_path / "out"]
     command = [sys.executable, "-m", "splatedit", "run", *map(str, words), "--steps", "600", "--cameras", "orbit:2"]
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True)
+        # A test run started in the background ignores SIGINT, and so would its children.
+        listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        pipes = {"stdout": subprocess.PIPE, "stderr": log, "text": True}
+        process = subprocess.Popen(command, cwd=ROOT, preexec_fn=listen, **pipes)
         while process.poll() is None and "step 60/600" not in (tmp_path / "log").read_text():
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)

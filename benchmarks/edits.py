@@ -163,7 +163,10 @@ def main() -> None:
     if args.merge:
         parts = [json.loads(path.read_text()) for path in args.merge]
         runs = [run for part in parts for run in part["runs"]]
-        finish(runs, args, {k: parts[0][k] for k in ("machine", "date", "settings")})
+        facts = {k: parts[0][k] for k in ("machine", "date", "settings")}
+        facts["settings"]["pairs"] = sorted({f"{r['source']} -> {r['prompt']}" for r in runs})
+        facts["settings"]["seeds"] = sorted({r["seed"] for r in runs})
+        finish(runs, args, facts)
         return
     if not args.meshes:
         parser.error("--meshes is needed")

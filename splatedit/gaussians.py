@@ -10,6 +10,7 @@ from torch import Tensor
 
 # Rows of shN per spherical-harmonic degree: (degree + 1)^2 - 1, the constant term lives in sh0.
 SH_REST = {0: 0, 1: 3, 2: 8, 3: 15}
+SH_C0 = 0.28209479177387814  # the constant spherical harmonic: colour = 0.5 + SH_C0 * sh0
 PARAMETERS = ("means", "quats", "scales", "opacities", "sh0", "shN")
 
 

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from splatedit.cameras import Cameras
 from splatedit.diffusion import denoising_errors
-from splatedit.gaussians import Gaussians
+from splatedit.gaussians import SH_C0, Gaussians
 from splatedit.rendering import WHITE, render
 
-# A Gaussian counts as changed when a viewer could tell: an eighth of a 5 % grey step, a hundredth of the scene, ...
+# A Gaussian counts as changed beyond: a share of the scene radius, a colour step, an opacity step, a log-scale step.
 CHANGED = {"means": 0.002, "color": 2 / 255, "opacity": 0.01, "scale": 0.02}
 ROUGH = 0.08  # white noise has about 0.6, renders of splats 0.01 to 0.05
-SH_C0 = 0.28209479177387814
 
 
 def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> float:
@@ -123,6 +122,7 @@ def change_report(
     The prior is asked as a diffusion classifier (arXiv 2303.16203) which of the two prompts explains each view better.
     """
     before, after = (render(g, cameras, background) for g in (source, edited))
+    rough_before, rough_after = roughness(before.rgb), roughness(after.rgb)
     finite = all(bool(torch.isfinite(p).all()) for p in edited.parameters.values())
     errors = []
     for drawn in (before, after):
@@ -135,8 +135,8 @@ def change_report(
         verdict="changed",
         changed_share=changed_share(source, edited, radius),
         psnr_to_source=psnr(before.rgb, after.rgb),
-        roughness=roughness(after.rgb),
-        roughness_ratio=roughness(after.rgb) / max(roughness(before.rgb), 1e-6),
+        roughness=rough_after,
+        roughness_ratio=rough_after / max(rough_before, 1e-6),
         coverage_ratio=float(after.alpha.mean() / before.alpha.mean().clamp_min(1e-6)),
         prefers_target=float((gaps[1] > 0).float().mean()),
         preferred_target_before=float((gaps[0] > 0).float().mean()),

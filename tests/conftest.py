@@ -24,6 +24,15 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
+def one_thread():
+    """Small tensors: handing work between threads costs more than it saves."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def cloud():
     """300 opaque splats on a unit sphere around (0.5, 0, 0), red below and blue above (up is -y), SH degree 1."""
     from splatedit.gaussians import Gaussians

@@ -36,13 +36,7 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, dtype=F64, generator=seeded(seed))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors: handing work between threads costs more than it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

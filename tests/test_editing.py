@@ -8,13 +8,12 @@ from splatedit.cameras import dome, orbit
 from splatedit.diffusion import MixtureDenoiser
 from splatedit.editing import drift, edit, rig_for, view_order
 from splatedit.errors import InputError
+from splatedit.gaussians import SH_C0
 from splatedit.guidance import FPR, GUIDANCE
 from splatedit.metrics import change_report
 from splatedit.priors import Prior
 from splatedit.rendering import render
 from splatedit.scenes import Rates
-
-SH_C0 = 0.28209479177387814
 
 
 class ToyPrior(Prior):

@@ -17,13 +17,7 @@ SCALE = 7.5
 WIDTH = 0.3  # variance of the components of the affine prior
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors: handing work between threads costs more than it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def exact(actual, expected, atol=1e-12):

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from splatedit.cameras import Cameras
 from splatedit.errors import InputError
-from splatedit.gaussians import Gaussians
+from splatedit.gaussians import SH_C0, Gaussians
 from splatedit.pocket.meshes import Mesh, draw, load_mesh, look_at, shade
 from splatedit.pocket.views import FOV, caption
 
 # From the y-up frame of meshes.py to the y-down frame of the scene files: half a turn about x, its own inverse.
 FLIP = np.diag([1.0, -1.0, -1.0, 1.0]).astype(np.float32)
-SH_C0 = 0.28209479177387814  # degree-0 spherical harmonic: colour = 0.5 + SH_C0 * sh0
 DISC = 0.75  # in-plane sigma of a fresh disc, in spacings; smaller ones let the background through
 FLATNESS = 0.1  # its sigma along the normal, in in-plane sigmas
 OPACITY = 3.0  # logit: 0.95, opaque yet not saturated, so that an edit's gradient still reaches it

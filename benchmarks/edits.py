@@ -32,7 +32,7 @@ from splatedit.pocket.judge import load_judge
 from splatedit.pocket.meshes import load_mesh
 from splatedit.pocket.scenes import ground_truth
 from splatedit.priors import load_prior
-from splatedit.rendering import WHITE, render
+from splatedit.render import WHITE, render
 
 PAIRS = ("cat:pig", "cat:fox", "dog:panda", "fox:cow", "penguin:bear")
 VIEWS, ELEVATION, AZIMUTH = 16, 12.0, 11.25

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from splatedit.raster import rasterization
+from splatedit.render import rasterization
 
 
 def ball(n: int, cameras: int, size: int, degree: int) -> dict[str, Any]:

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 from splatedit.errors import InputError
 
 if TYPE_CHECKING:
+    from splatedit import render
     from splatedit.cameras import Cameras, dome, orbit
     from splatedit.editing import edit
     from splatedit.files import load, save
     from splatedit.gaussians import Gaussians
-    from splatedit.rendering import render
 
 __version__ = "0.1.0"
-__all__ = ["Cameras", "Gaussians", "InputError", "__version__", "dome", "edit", "load", "orbit", "render", "save"]
+__all__ = ["Cameras", "Gaussians", "InputError", "__version__", "dome", "edit", "load", "orbit", "save"]
 
 # A public function must not share its name with a module: importing the module would replace the function.
 _HOME = {
@@ -33,12 +33,13 @@ _HOME = {
     "edit": "editing",
     "load": "files",
     "orbit": "cameras",
-    "render": "rendering",
     "save": "files",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "render":  # the package of that name
+        return import_module("splatedit.render")
     if name not in _HOME:
         raise AttributeError(f"module 'splatedit' has no attribute {name!r}")
     value = getattr(import_module(f"splatedit.{_HOME[name]}"), name)
@@ -47,4 +48,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, "render"})

@@ -16,7 +16,7 @@ from splatedit.cameras import Cameras
 from splatedit.errors import InputError
 from splatedit.files import atomic
 from splatedit.gaussians import Gaussians
-from splatedit.rendering import WHITE, render
+from splatedit.render import WHITE, render
 
 
 def to_bytes(images: Tensor) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch import Tensor
 from splatedit.cameras import Cameras
 from splatedit.diffusion import denoising_errors
 from splatedit.gaussians import SH_C0, Gaussians
-from splatedit.rendering import WHITE, render
+from splatedit.render import WHITE, render
 
 # A Gaussian counts as changed beyond: a share of the scene radius, a colour step, an opacity step, a log-scale step.
 CHANGED = {"means": 0.002, "color": 2 / 255, "opacity": 0.01, "scale": 0.02}

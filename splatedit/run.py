@@ -182,7 +182,7 @@ def ask_prior(job: Job, console: Console) -> str:
 
     from splatedit.cameras import orbit
     from splatedit.priors import find_prompt
-    from splatedit.rendering import render
+    from splatedit.render import render
 
     prior = job.prior
     views = orbit(job.gaussians, VIEWS // 2, elevation=ELEVATION, size=prior.image_size, up=job.up)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from splatedit.cameras import Cameras
 from splatedit.gaussians import Gaussians
-from splatedit.rendering import Rendering, render
+from splatedit.render import Rendering, render
 
 
 class Rates(NamedTuple):

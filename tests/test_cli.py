@@ -68,7 +68,7 @@ def test_public_names():
     for name in splatedit.__all__:
         assert getattr(splatedit, name) is not None
         assert name in dir(splatedit)
-    assert callable(splatedit.load) and callable(splatedit.edit) and callable(splatedit.render)
+    assert callable(splatedit.load) and callable(splatedit.edit) and callable(splatedit.render.render)
     with pytest.raises(AttributeError, match="nothing"):
         splatedit.nothing  # noqa: B018
     for path in (ROOT / "splatedit").iterdir():

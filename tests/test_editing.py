@@ -12,7 +12,7 @@ from splatedit.gaussians import SH_C0
 from splatedit.guidance import FPR, GUIDANCE
 from splatedit.metrics import change_report
 from splatedit.priors import Prior
-from splatedit.rendering import render
+from splatedit.render import render
 from splatedit.scenes import Rates
 
 

@@ -10,7 +10,7 @@ import splatedit
 from splatedit.pocket import FOLDER
 from splatedit.pocket.judge import confusion, load_judge, sample
 from splatedit.priors import find_prompt, load_prior
-from splatedit.rendering import render
+from splatedit.render import render
 
 MIB = 2**20
 SCENES = Path(__file__).parent.parent / "scenes"

@@ -18,7 +18,7 @@ from raster_scenes import LEAVES, SCENES, Scene, cameras, cloud, to
 from torch import Tensor
 
 from splatedit.errors import InputError
-from splatedit.raster import BACKENDS, constants, rasterization, twin
+from splatedit.render import BACKENDS, constants, rasterization, twin
 
 NAMES = [*LEAVES, "means2d"]
 
@@ -280,7 +280,7 @@ FORK = """
 import os, sys, torch
 sys.path.insert(0, "tests")
 from raster_scenes import cloud
-from splatedit.raster import rasterization
+from splatedit.render import rasterization
 torch.set_num_threads(2)
 scene = cloud(0, 5000, views=1)
 before = rasterization(**scene, backend="cpu")[0]  # starts the pool, whose threads the child will not have
@@ -331,7 +331,7 @@ def test_the_graph_is_kept_on_request():
 
 def test_importing_costs_nothing():
     code = (
-        "import sys, splatedit.raster; "
+        "import sys, splatedit.render; "
         "found = {'numba', 'llvmlite', 'gsplat', 'diffusers'} & set(sys.modules); "
         "assert not found, found"
     )
@@ -345,7 +345,7 @@ sys.modules["numba"] = None
 sys.path.insert(0, "tests")
 import torch
 from raster_scenes import cloud
-from splatedit.raster import rasterization
+from splatedit.render import rasterization
 scene = cloud(0, 20)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

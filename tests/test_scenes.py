@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from splatedit.cameras import bounds, orbit
-from splatedit.rendering import render
+from splatedit.render import render
 from splatedit.scenes import Rates, Splats, nearest
 
 

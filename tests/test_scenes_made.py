@@ -13,7 +13,7 @@ from splatedit.files import load, sidecar
 from splatedit.metrics import psnr
 from splatedit.pocket import scenes
 from splatedit.pocket.meshes import Mesh
-from splatedit.rendering import render
+from splatedit.render import render
 
 FOLDER = Path(__file__).parents[1] / "scenes"
 FILES = sorted(FOLDER.glob("*.ply"))

@@ -211,7 +211,7 @@ def refine(
     spacing: (n,), scene units; the discs stay of that size, near their first place and opaque. sizes: pixels and
     number of views of the steps, in turn.
     """
-    from splatedit.rendering import render
+    from splatedit.render import render
 
     start = gaussians.detach()
     values = {k: getattr(start, k).clone().requires_grad_() for k in RATES}
@@ -278,7 +278,7 @@ def make_scene(
 def score(gaussians: Gaussians, mesh: Mesh, size: int = 256, views: int = 24) -> float:
     """Mean PSNR in dB to the mesh on white, over views from all sides; none of them was fitted to."""
     from splatedit.metrics import psnr
-    from splatedit.rendering import render
+    from splatedit.render import render
 
     cameras = even_cameras(views, size)
     images, _ = ground_truth(mesh, cameras)

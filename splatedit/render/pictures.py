@@ -10,7 +10,7 @@ from torch import Tensor
 
 from splatedit.cameras import Cameras
 from splatedit.gaussians import Gaussians
-from splatedit.raster import rasterization
+from splatedit.render.backends import rasterization
 
 WHITE = (1.0, 1.0, 1.0)
 
@@ -35,7 +35,7 @@ def render(
     """Draw the splats from every camera, differentiable in all six parameters and the camera matrices.
 
     background: three numbers in [0, 1], or a (c, 3) tensor with one colour per camera. antialiased: compensate the
-    0.3 px blur as Mip-Splatting does (arXiv 2311.16493). backend: a key of `splatedit.raster.BACKENDS`; "auto" is
+    0.3 px blur as Mip-Splatting does (arXiv 2311.16493). backend: a key of `splatedit.render.BACKENDS`; "auto" is
     gsplat for CUDA tensors and the compiled kernels for CPU tensors.
     """
     means = gaussians.means

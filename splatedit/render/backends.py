@@ -144,7 +144,7 @@ def _cpu(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
 
 
 def _torch(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    from splatedit.raster import twin
+    from splatedit.render import twin
 
     _refuse(arguments, "torch")
     return _render(twin, arguments)
@@ -171,7 +171,7 @@ BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor, dict[str, Any]]]] = {
 def _compiled() -> ModuleType:
     """The kernels, compiled on their first call. Importing numba takes a while, so it waits until here."""
     try:
-        from splatedit.raster import autograd
+        from splatedit.render import autograd
     except Exception as error:  # a broken numba raises more than ImportError
         raise InputError(f'rasterization: backend "cpu" needs numba, which cannot be used here ({error}).') from error
     return autograd

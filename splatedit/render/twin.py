@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from splatedit.raster.constants import ALPHA_MAX, ALPHA_MIN, EXTEND, MIN_COMPENSATION, T_STOP
+from splatedit.render.constants import ALPHA_MAX, ALPHA_MIN, EXTEND, MIN_COMPENSATION, T_STOP
 
 TILE = 16  # pixels; composited one by one, to hold (Gaussians of a tile) x (256 pixels) at a time
 

@@ -18,10 +18,10 @@ Names: v_x is the gradient of the loss with respect to x. Sources are places in 
 import numpy as np
 from numba import njit
 
-from splatedit.raster.constants import ALPHA_MIN as _ALPHA_MIN
-from splatedit.raster.constants import EXTEND as _EXTEND
-from splatedit.raster.constants import T_STOP as _T_STOP
-from splatedit.raster.simd import (
+from splatedit.render.constants import ALPHA_MIN as _ALPHA_MIN
+from splatedit.render.constants import EXTEND as _EXTEND
+from splatedit.render.constants import T_STOP as _T_STOP
+from splatedit.render.simd import (
     FAST,
     LANES,
     any_lane,

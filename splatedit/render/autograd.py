@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from splatedit.raster import kernels, pool
-from splatedit.raster.constants import ALPHA_MAX, MIN_COMPENSATION
-from splatedit.raster.kernels import LANES, RECORD, TILE
+from splatedit.render import kernels, pool
+from splatedit.render.constants import ALPHA_MAX, MIN_COMPENSATION
+from splatedit.render.kernels import LANES, RECORD, TILE
 
 F = np.float32
 

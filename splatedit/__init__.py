@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from splatedit.errors import InputError
 
 if TYPE_CHECKING:
-    from splatedit import render
     from splatedit.cameras import Cameras, dome, orbit
     from splatedit.editing import edit
     from splatedit.files import load, save

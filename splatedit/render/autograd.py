@@ -9,14 +9,62 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from splatedit.render import kernels, pool
 from splatedit.render.constants import ALPHA_MAX, MIN_COMPENSATION
 from splatedit.render.kernels import LANES, RECORD, TILE
+from splatedit.render.twin import meta
 
 F = np.float32
+
+
+def rasterize(
+    *,
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    colors: Tensor,
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+    near_plane: float,
+    far_plane: float,
+    radius_clip: float,
+    eps2d: float,
+    sh_degree: int | None,
+    backgrounds: Tensor | None,
+    render_mode: str,
+    absgrad: bool,
+    rasterize_mode: str,
+    **_: Any,
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """`backends.rasterization` with all its arguments given and checked."""
+    antialiased = rasterize_mode == "antialiased"
+    limits = (near_plane, far_plane, radius_clip, eps2d, antialiased)
+    radii, means2d, depths, conics, compensations = project(
+        means, quats, scales, opacities, viewmats, Ks.detach(), width, height, *limits
+    )
+    dimmed = opacities * compensations if antialiased else opacities.expand(depths.shape)
+    if render_mode in ("D", "ED"):
+        colors, backgrounds = depths[..., None], None
+    else:
+        if sh_degree is not None:
+            eyes = torch.linalg.inv(viewmats)[:, :3, 3]
+            colors = color(sh_degree, means, eyes, colors, radii)
+        colors = colors.expand(len(viewmats), *colors.shape[-2:])
+        if render_mode != "RGB":
+            colors = torch.cat([colors, depths[..., None]], -1)
+            backgrounds = None if backgrounds is None else nnf.pad(backgrounds, (0, 1))
+    divide = render_mode in ("ED", "RGB+ED")
+    image, alphas = composite(
+        means2d, conics, colors, dimmed, backgrounds, radii, depths, width, height, divide, absgrad
+    )
+    return image, alphas, meta(radii, means2d, depths, conics, dimmed, width, height)
 
 
 def project(

@@ -9,14 +9,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 
 from splatedit.errors import InputError
+from splatedit.render.constants import TILE
 
 __all__ = ["BACKENDS", "rasterization"]
 
-TILE = 16  # pixels
 RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
 RASTERIZE_MODES = ("classic", "antialiased")
 
@@ -140,14 +139,14 @@ def _cpu(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
             f'rasterization: colors {_shape(colors)} are SH coefficients per camera, which backend "cpu" has not; '
             '(n, k, 3) expected, or backend "torch".'
         )
-    return _render(_compiled(), arguments)
+    return _compiled().rasterize(**arguments)
 
 
 def _torch(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
     from splatedit.render import twin
 
     _refuse(arguments, "torch")
-    return _render(twin, arguments)
+    return twin.rasterize(**arguments)
 
 
 def _auto(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -186,49 +185,6 @@ def _can_compile() -> bool:
     except Exception as error:
         warnings.warn(f"splatedit draws with plain torch, which is slow: {error}", RuntimeWarning, stacklevel=4)
         return False
-
-
-def _render(steps: ModuleType, a: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """The three steps in order; `steps` is `autograd` or `twin`."""
-    means, viewmats, colors, backgrounds = a["means"], a["viewmats"], a["colors"], a["backgrounds"]
-    width, height, mode = a["width"], a["height"], a["render_mode"]
-    antialiased = a["rasterize_mode"] == "antialiased"
-    shape = (a["near_plane"], a["far_plane"], a["radius_clip"], a["eps2d"], antialiased)
-    radii, means2d, depths, conics, compensations = steps.project(
-        means, a["quats"], a["scales"], a["opacities"], viewmats, a["Ks"].detach(), width, height, *shape
-    )
-    opacities = a["opacities"] * compensations if antialiased else a["opacities"].expand(depths.shape)
-    if mode in ("D", "ED"):
-        colors = depths[..., None]
-        backgrounds = None
-    else:
-        if a["sh_degree"] is not None:
-            eyes = torch.linalg.inv(viewmats)[:, :3, 3]
-            colors = steps.color(a["sh_degree"], means, eyes, colors, radii)
-        colors = colors.expand(len(viewmats), *colors.shape[-2:])
-        if mode != "RGB":
-            colors = torch.cat([colors, depths[..., None]], -1)
-            backgrounds = None if backgrounds is None else nnf.pad(backgrounds, (0, 1))
-    divide = mode in ("ED", "RGB+ED")
-    image, alphas = steps.composite(
-        means2d, conics, colors, opacities, backgrounds, radii, depths, width, height, divide, a["absgrad"]
-    )
-    meta = {
-        "radii": radii,
-        "means2d": means2d,
-        "depths": depths,
-        "conics": conics,
-        "opacities": opacities,
-        "width": width,
-        "height": height,
-        "n_cameras": len(viewmats),
-        "tile_size": TILE,
-        "tile_width": -(-width // TILE),
-        "tile_height": -(-height // TILE),
-        "gaussian_ids": None,
-        "camera_ids": None,
-    }
-    return image, alphas, meta
 
 
 # ---------------------------------------------------------------- what the user may get wrong

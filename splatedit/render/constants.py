@@ -23,3 +23,4 @@ ALPHA_MIN = 1.0 / 255.0  # cuda/include/Common.h; a fainter contribution is left
 T_STOP = 1e-4  # the Gaussian that would bring the transmittance to this or below ends the pixel, itself left out
 EXTEND = 3.33  # standard deviations a Gaussian reaches at most; 1/255 at opacity 1 lies at 3.329
 MIN_COMPENSATION = 0.005 if _NEW else 0.0  # cuda/include/Utils.cuh, add_blur; "antialiased" dims by no less than this
+TILE = 16  # pixels along a tile; the picture does not depend on it

@@ -12,9 +12,74 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from splatedit.render.constants import ALPHA_MAX, ALPHA_MIN, EXTEND, MIN_COMPENSATION, T_STOP
+from splatedit.render.constants import ALPHA_MAX, ALPHA_MIN, EXTEND, MIN_COMPENSATION, T_STOP, TILE
 
-TILE = 16  # pixels; composited one by one, to hold (Gaussians of a tile) x (256 pixels) at a time
+
+def rasterize(
+    *,
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    colors: Tensor,
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+    near_plane: float,
+    far_plane: float,
+    radius_clip: float,
+    eps2d: float,
+    sh_degree: int | None,
+    backgrounds: Tensor | None,
+    render_mode: str,
+    absgrad: bool,
+    rasterize_mode: str,
+    **_: Any,
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """`backends.rasterization` with all its arguments given and checked."""
+    antialiased = rasterize_mode == "antialiased"
+    limits = (near_plane, far_plane, radius_clip, eps2d, antialiased)
+    radii, means2d, depths, conics, compensations = project(
+        means, quats, scales, opacities, viewmats, Ks.detach(), width, height, *limits
+    )
+    dimmed = opacities * compensations if antialiased else opacities.expand(depths.shape)
+    if render_mode in ("D", "ED"):
+        colors, backgrounds = depths[..., None], None
+    else:
+        if sh_degree is not None:
+            eyes = torch.linalg.inv(viewmats)[:, :3, 3]
+            colors = color(sh_degree, means, eyes, colors, radii)
+        colors = colors.expand(len(viewmats), *colors.shape[-2:])
+        if render_mode != "RGB":
+            colors = torch.cat([colors, depths[..., None]], -1)
+            backgrounds = None if backgrounds is None else nnf.pad(backgrounds, (0, 1))
+    divide = render_mode in ("ED", "RGB+ED")
+    image, alphas = composite(
+        means2d, conics, colors, dimmed, backgrounds, radii, depths, width, height, divide, absgrad
+    )
+    return image, alphas, meta(radii, means2d, depths, conics, dimmed, width, height)
+
+
+def meta(
+    radii: Tensor, means2d: Tensor, depths: Tensor, conics: Tensor, opacities: Tensor, width: int, height: int
+) -> dict[str, Any]:
+    """The third result of `rasterization`."""
+    return {
+        "radii": radii,
+        "means2d": means2d,
+        "depths": depths,
+        "conics": conics,
+        "opacities": opacities,
+        "width": width,
+        "height": height,
+        "n_cameras": len(radii),
+        "tile_size": TILE,
+        "tile_width": -(-width // TILE),
+        "tile_height": -(-height // TILE),
+        "gaussian_ids": None,
+        "camera_ids": None,
+    }
 
 
 def rotation(quats: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The compiled kernels as three differentiable steps: project, colour, composite. float32 tensors on the CPU.
+"""The compiled stages as two differentiable steps, from parameters to splats and from splats to pixels.
 
-The kernels see flat numpy views of the tensors. Large outputs are made by numpy, which asks the system for huge pages.
+float32 tensors on the CPU; the kernels see flat numpy views of them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from splatedit.render import kernels, pool
-from splatedit.render.constants import ALPHA_MAX, MIN_COMPENSATION
-from splatedit.render.kernels import LANES, RECORD, TILE
+from splatedit.render import binning, checks, compositing, memory, pool, projection
+from splatedit.render.algebra import RECORD, F
+from splatedit.render.constants import ALPHA_MAX, MIN_COMPENSATION, TILE
+from splatedit.render.simd import LANES
 from splatedit.render.twin import meta
 
-F = np.float32
+PAST_CACHE = 1 << 24  # bytes; gradients larger than this are written past the cache, which would lose them anyway
 
 
 def rasterize(
@@ -44,26 +45,28 @@ def rasterize(
     **_: Any,
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """`backends.rasterization` with all its arguments given and checked."""
-    antialiased = rasterize_mode == "antialiased"
-    limits = (near_plane, far_plane, radius_clip, eps2d, antialiased)
-    radii, means2d, depths, conics, compensations = project(
-        means, quats, scales, opacities, viewmats, Ks.detach(), width, height, *limits
-    )
-    dimmed = opacities * compensations if antialiased else opacities.expand(depths.shape)
-    if render_mode in ("D", "ED"):
-        colors, backgrounds = depths[..., None], None
-    else:
-        if sh_degree is not None:
-            eyes = torch.linalg.inv(viewmats)[:, :3, 3]
-            colors = color(sh_degree, means, eyes, colors, radii)
-        colors = colors.expand(len(viewmats), *colors.shape[-2:])
-        if render_mode != "RGB":
-            colors = torch.cat([colors, depths[..., None]], -1)
-            backgrounds = None if backgrounds is None else nnf.pad(backgrounds, (0, 1))
     divide = render_mode in ("ED", "RGB+ED")
-    image, alphas = composite(
-        means2d, conics, colors, dimmed, backgrounds, radii, depths, width, height, divide, absgrad
-    )
+    limits = (near_plane, far_plane, radius_clip, eps2d)
+    shape = (width, height, *limits, rasterize_mode == "antialiased", MIN_COMPENSATION)
+    with_sh = sh_degree is not None and render_mode not in ("D", "ED")
+    degree, coefficients = (sh_degree, colors) if with_sh else (-1, None)
+    channels = 0 if not with_sh else 3 if render_mode == "RGB" else 4
+    splats = project(means, quats, scales, opacities, coefficients, viewmats, Ks, degree, channels, shape)
+    radii, means2d, depths, conics, dimmed, shaded = splats
+    if with_sh:
+        features = shaded
+    elif render_mode in ("D", "ED"):
+        features, backgrounds = depths[..., None], None
+    else:
+        features = colors.expand(len(viewmats), *colors.shape[-2:])
+        if render_mode != "RGB":
+            features = torch.cat([features, depths[..., None]], -1)
+    if backgrounds is None:
+        backgrounds = means.new_zeros(features.shape[0], features.shape[-1])
+    elif render_mode not in ("RGB", "D", "ED"):
+        backgrounds = nnf.pad(backgrounds, (0, 1))
+    options = (width, height, divide, absgrad)
+    image, alphas = _Composite.apply(means2d, conics, features, dimmed, backgrounds, radii, depths, options)  # pyright: ignore
     return image, alphas, meta(radii, means2d, depths, conics, dimmed, width, height)
 
 
@@ -72,54 +75,39 @@ def project(
     quats: Tensor,
     scales: Tensor,
     opacities: Tensor,
+    coefficients: Tensor | None,
     viewmats: Tensor,
     Ks: Tensor,
-    width: int,
-    height: int,
-    near_plane: float,
-    far_plane: float,
-    radius_clip: float,
-    eps2d: float,
-    antialiased: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """radii (c, n, 2) int32, means2d (c, n, 2), depths (c, n), conics (c, n, 3), compensations (c, n); see `twin`."""
-    options = (F(width), F(height), F(eps2d), antialiased)
-    limits = (F(near_plane), F(far_plane), F(radius_clip))
-    return _Project.apply(means, quats, scales, opacities, viewmats, Ks, options, limits)  # pyright: ignore
+    degree: int,
+    channels: int,
+    shape: tuple[Any, ...],
+) -> tuple[Tensor, ...]:
+    """radii (c, n, 2) int32, means2d (c, n, 2), depths (c, n), conics (c, n, 3), dimmed opacities (c, n), see `twin`.
 
-
-def color(degree: int, means: Tensor, eyes: Tensor, coefficients: Tensor, radii: Tensor) -> Tensor:
-    """max(SH + 1/2, 0) seen from eyes (c, 3): (c, n, 3), 0 where radii are 0. coefficients (n, k, 3)."""
-    return _Color.apply(degree, means, eyes, coefficients, radii)  # pyright: ignore
-
-
-def composite(
-    means2d: Tensor,
-    conics: Tensor,
-    colors: Tensor,
-    opacities: Tensor,
-    backgrounds: Tensor | None,
-    radii: Tensor,
-    depths: Tensor,
-    width: int,
-    height: int,
-    divide: bool,
-    absgrad: bool,
-) -> tuple[Tensor, Tensor]:
-    """image (c, h, w, d) and alphas (c, h, w, 1); `divide` divides the last channel by alpha."""
-    if backgrounds is None:
-        backgrounds = colors.new_zeros(colors.shape[0], colors.shape[-1])
-    options = (width, height, divide, absgrad)
-    return _Composite.apply(means2d, conics, colors, opacities, backgrounds, radii, depths, options)  # pyright: ignore
+    And colours (c, n, channels) of harmonics up to `degree`: none if that is -1; depth is the last of four.
+    """
+    if coefficients is None:
+        coefficients = means.new_zeros(len(means), 1, 0)
+    eyes = torch.linalg.inv(viewmats)[:, :3, 3] if degree >= 0 else viewmats[:, :3, 3]
+    odd = np.zeros(1, np.bool_)
+    options = (degree, channels, shape, odd)
+    splats = _Project.apply(means, quats, scales, opacities, coefficients, viewmats, eyes, Ks, options)
+    if odd[0]:
+        checks.values(
+            {"means": means, "quats": quats, "scales": scales, "opacities": opacities, "colors": coefficients}
+        )
+    return splats  # pyright: ignore
 
 
 def probe() -> None:
     """Draw one Gaussian; raises whatever numba raises where it cannot make vector code."""
     point, view = torch.tensor([[0.0, 0.0, 2.0]]), torch.eye(4)[None]
     quat, scale, opacity = torch.tensor([[1.0, 0.0, 0.0, 0.0]]), torch.full((1, 3), 0.1), torch.ones(1)
-    options = (0.01, 1e10, 0.0, 0.3, False)
-    radii, means2d, depths, conics, _ = project(point, quat, scale, opacity, view, view[:, :3, :3], 16, 16, *options)
-    composite(means2d, conics, point[None], opacity[None], None, radii, depths, 16, 16, False, False)
+    keys = ("means", "quats", "scales", "opacities", "colors", "viewmats", "Ks", "width", "height", "near_plane",
+            "far_plane", "radius_clip", "eps2d", "sh_degree", "backgrounds", "render_mode", "absgrad", "rasterize_mode")  # fmt: skip
+    values = (point, quat, scale, opacity, point, view, view[:, :3, :3], 16, 16, 0.01, 1e10, 0.0, 0.3, None, None, "RGB",
+              False, "classic")  # fmt: skip
+    rasterize(**dict(zip(keys, values, strict=True)))
 
 
 # ---------------------------------------------------------------- numpy and the kernels
@@ -129,24 +117,21 @@ def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
-def _aligned(size: int) -> np.ndarray:
-    """Floats at an address that a cache line begins with, so that a record is one line."""
-    memory = np.empty(size + LANES, F)
-    skip = -memory.ctypes.data % 64 // 4
-    return memory[skip : skip + size]
+def _arrays(*tensors: Tensor) -> list[np.ndarray]:
+    return [_array(t) for t in tensors]
 
 
 def _by_blocks(kernel: Any, n: int, inputs: list[np.ndarray], outputs: list[np.ndarray], *shared: object) -> None:
-    """Run a kernel that takes 16 rows at a time over arrays of n rows.
+    """Run a kernel that takes LANES rows at a time over arrays of n rows.
 
-    What is left over of n / 16 goes through copies, filled up with zeros, as one chunk more.
+    What is left over of n / LANES goes through copies, filled up with zeros, as one chunk more.
     """
     whole, rest = divmod(n, LANES)
     pool.run(kernel, whole, pool.chunks_of(n), *(a.reshape(-1) for a in (*inputs, *outputs)), *shared)
     if rest:
-        filled = [np.zeros((LANES, *a.shape[1:]), a.dtype) for a in (*inputs, *outputs)]
+        filled = [memory.empty((LANES, *a.shape[1:]), a.dtype) for a in (*inputs, *outputs)]
         for a, b in zip((*inputs, *outputs), filled, strict=True):
-            b[:rest] = a[n - rest :]
+            b[:rest], b[rest:] = a[n - rest :], 0
         kernel(0, 1, pool.chunks_of(n), *(b.reshape(-1) for b in filled), *shared)
         for a, b in zip(outputs, filled[len(inputs) :], strict=True):
             a[n - rest :] = b[:rest]
@@ -154,27 +139,30 @@ def _by_blocks(kernel: Any, n: int, inputs: list[np.ndarray], outputs: list[np.n
 
 def _chunk_sums(n: int) -> np.ndarray:
     """One row of 16 sums for each chunk of `_by_blocks`, to be added in this order."""
-    return np.zeros((pool.chunks_of(n) + 1, LANES), F)
+    sums = memory.empty((pool.chunks_of(n) + 1, RECORD))
+    sums[:] = 0
+    return sums
 
 
-# ---------------------------------------------------------------- the three steps
+# ---------------------------------------------------------------- the two steps
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, means, quats, scales, opacities, viewmats, Ks, options, limits):
+    def forward(ctx, means, quats, scales, opacities, coefficients, viewmats, eyes, Ks, options):
+        degree, channels, (width, height, near, far, clip, eps2d, antialiased, least), odd = options
         n, cameras = means.shape[0], viewmats.shape[0]
-        inputs = [_array(t) for t in (means, quats, scales, opacities)]
-        radii = np.empty((cameras, n, 2), np.int32)
-        means2d, depths = np.empty((cameras, n, 2), F), np.empty((cameras, n), F)
-        conics, compensations = np.empty((cameras, n, 3), F), np.empty((cameras, n), F)
-        width, height, eps2d, antialiased = options
-        for c, (view, K) in enumerate(zip(_array(viewmats), _array(Ks), strict=True)):
-            outputs = [radii[c], means2d[c], depths[c], conics[c], compensations[c]]
-            shared = (view, K, width, height, eps2d, *limits, antialiased, F(MIN_COMPENSATION))
-            _by_blocks(kernels.project, n, inputs, outputs, *shared)
-        tensors = [torch.from_numpy(a) for a in (radii, means2d, depths, conics, compensations)]
-        ctx.save_for_backward(means, quats, scales, viewmats, Ks, tensors[0], tensors[4])
+        inputs = _arrays(means, quats, scales, opacities, coefficients)
+        results = [memory.empty((cameras, n, 2), np.int32)]
+        results += [memory.empty((cameras, n, *k)) for k in ((2,), (), (3,), (), (channels,))]
+        found = np.zeros(pool.chunks_of(n) + 1, np.bool_)
+        for c, (view, K, eye) in enumerate(zip(*_arrays(viewmats, Ks, eyes), strict=True)):
+            camera = (found, view, K, eye, F(width), F(height), F(eps2d), F(near), F(far), F(clip), antialiased)
+            harmonics = (F(least), degree, 3 * coefficients.shape[1], channels)
+            _by_blocks(projection.project, n, inputs, [a[c] for a in results], *camera, *harmonics)
+        odd[0] = found.any()
+        tensors = [torch.from_numpy(a) for a in results]
+        ctx.save_for_backward(means, quats, scales, opacities, coefficients, viewmats, eyes, Ks, tensors[0], tensors[5])
         ctx.options = options
         ctx.mark_non_differentiable(tensors[0])
         ctx.set_materialize_grads(False)
@@ -183,55 +171,27 @@ class _Project(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, _, *upstream):
-        means, quats, scales, viewmats, Ks, radii, compensations = map(_array, ctx.saved_tensors)
+        means, quats, scales, opacities, coefficients, viewmats, eyes, Ks, radii, colors = _arrays(*ctx.saved_tensors)
+        degree, channels, (width, height, *_, eps2d, antialiased, least), _ = ctx.options
         cameras, n = radii.shape[:2]
-        shapes = ((cameras, n, 2), (cameras, n), (cameras, n, 3), (cameras, n))
-        v_means2d, v_depths, v_conics, v_compensations = (
-            np.zeros(shape, F) if v is None else _array(v) for v, shape in zip(upstream, shapes, strict=True)
-        )
-        outputs = [np.zeros_like(means), np.zeros_like(quats), np.zeros_like(scales)]
-        v_viewmats = np.zeros_like(viewmats)
+        shapes = ((cameras, n, 2), (cameras, n), (cameras, n, 3), (cameras, n), (cameras, n, channels))
+        v_splats = [np.zeros(s, F) if v is None else _array(v) for v, s in zip(upstream, shapes, strict=True)]
+        results = [memory.empty(a.shape) for a in (means, quats, scales, opacities, coefficients)]
+        v_views, v_eyes = np.zeros_like(viewmats), np.zeros_like(eyes)
+        needs = ctx.needs_input_grad
+        floats = 3 * coefficients.shape[1]
+        wanted, bend = bool(degree >= 0 and needs[4]), bool(needs[0] or needs[5])
+        stream = floats % 16 == 0 and results[4].nbytes > PAST_CACHE
         for c in range(cameras):
-            inputs = [means, quats, scales, radii[c], compensations[c]]
-            inputs += [v_means2d[c], v_depths[c], v_conics[c], v_compensations[c]]
+            inputs = [means, quats, scales, opacities, coefficients, radii[c], colors[c], *(v[c] for v in v_splats)]
             sums = _chunk_sums(n)
-            _by_blocks(kernels.project_backward, n, inputs, outputs, sums.reshape(-1), viewmats[c], Ks[c], *ctx.options)
-            v_viewmats[c] = sums.sum(0).reshape(4, 4)
-        v_means, v_quats, v_scales = map(torch.from_numpy, outputs)
-        return v_means, v_quats, v_scales, None, torch.from_numpy(v_viewmats), None, None, None
-
-
-class _Color(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, degree, means, eyes, coefficients, radii):
-        cameras, n = radii.shape[:2]
-        colors = np.empty((cameras, n, 3), F)
-        width = 3 * coefficients.shape[1]
-        seen, inputs = _array(radii), [_array(means), _array(coefficients)]
-        for c, eye in enumerate(_array(eyes)):
-            _by_blocks(kernels.color, n, [*inputs, seen[c]], [colors[c]], eye, degree, width)
-        result = torch.from_numpy(colors)
-        ctx.save_for_backward(means, eyes, coefficients, radii, result)
-        ctx.degree = degree
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, v_colors):
-        means, eyes, coefficients, radii, colors = map(_array, ctx.saved_tensors)
-        cameras, n = radii.shape[:2]
-        v = _array(v_colors)
-        v_means, v_eyes = np.zeros_like(means), np.zeros_like(eyes)
-        v_coefficients = np.empty_like(coefficients)  # the first camera writes it
-        bend = bool(ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
-        width = 3 * coefficients.shape[1]
-        for c in range(cameras):
-            inputs = [means, coefficients, radii[c], colors[c], v[c]]
-            sums = _chunk_sums(n)
-            shared = (sums.reshape(-1), eyes[c], ctx.degree, width, c > 0, bend)
-            _by_blocks(kernels.color_backward, n, inputs, [v_means, v_coefficients], *shared)
-            v_eyes[c] = sums.sum(0)[:3]
-        return None, *map(torch.from_numpy, (v_means, v_eyes, v_coefficients)), None
+            camera = (sums.reshape(-1), viewmats[c], Ks[c], eyes[c], F(width), F(height), F(eps2d), antialiased)
+            flags = (F(least), degree, floats, channels, c > 0, wanted, bend, stream)
+            _by_blocks(projection.project_backward, n, inputs, results, *camera, *flags)
+            total = sums.sum(0)
+            v_views[c, :3], v_eyes[c] = total[:12].reshape(3, 4), total[12:15]
+        gradients = [torch.from_numpy(a) for a in results]
+        return *gradients[:4], gradients[4] if wanted else None, *map(torch.from_numpy, (v_views, v_eyes)), None, None
 
 
 class _Pairs(NamedTuple):
@@ -240,8 +200,8 @@ class _Pairs(NamedTuple):
     records: np.ndarray  # (c n 16,)
     touched: np.ndarray  # (c n,) number of tiles
     start: np.ndarray  # (c n + 1,) where the backward records of a Gaussian begin
-    pairs: np.ndarray  # Gaussian of each pair, tile by tile
-    slots: np.ndarray  # backward record of each pair
+    pairs: np.ndarray  # (2 pairs,) Gaussian of each pair, and its backward record, tile by tile
+    masks: np.ndarray  # of each pair, the blocks of its tile that it reaches: written by compositing
     starts: np.ndarray  # (tiles + 1,) where the pairs of a tile begin
     tiles: np.ndarray  # (tiles,) fullest first, to share them out evenly
     grid: tuple[int, int, int, int]  # columns and rows of tiles, width and height in pixels
@@ -256,29 +216,32 @@ def _pair_up(
     tiles, total, channels = columns * rows, cameras * n, colors.shape[-1]
 
     inputs = [_array(t.flatten(0, 1)) for t in (means2d, conics, opacities, colors, radii)]
-    records, touched = _aligned(total * RECORD), np.empty(total, np.int32)
-    outputs = [records.reshape(total, RECORD), touched]
-    _by_blocks(kernels.pack, total, inputs, outputs, channels, 0, columns, rows)
-    order, counts = np.empty(total, np.int32), np.zeros(cameras, np.int64)
-    pool.run(kernels.sort_by_depth, cameras, cameras, _array(depths).reshape(-1), touched, order, counts, n)
+    records, touched = memory.empty(total * RECORD), memory.empty(total, np.int32)
+    boxes = memory.empty(total * 4, np.int16)
+    outputs = [records.reshape(total, RECORD), boxes.reshape(total, 4), touched]
+    _by_blocks(binning.pack, total, inputs, outputs, channels, columns, rows)
+    order, counts = memory.empty(total, np.int32), np.zeros(cameras, np.int64)
+    pool.run(binning.sort_by_depth, cameras, cameras, _array(depths).reshape(-1), touched, order, counts, n)
 
-    start = np.zeros(total + 1, np.int64)
+    start = memory.empty(total + 1, np.int64)
+    start[0] = 0
     np.cumsum(touched, out=start[1:])
     parts = pool.chunks_of(int(counts.max()), 4096, 4)  # of the Gaussians of a camera, each with its own counts
     ranges = np.array([[c * n + counts[c] * p // parts, c * n + counts[c] * (p + 1) // parts]
                        for c in range(cameras) for p in range(parts)])  # fmt: skip
     pair_counts = np.zeros((cameras * parts, tiles), np.int64)
-    pool.run(kernels.count_pairs, len(ranges), len(ranges), ranges, order, records, pair_counts, columns)
+    pool.run(binning.count_pairs, len(ranges), len(ranges), ranges, order, boxes, pair_counts, columns)
     by_part = pair_counts.reshape(cameras, parts, tiles)
     per_tile = by_part.sum(1).reshape(-1)
     starts = np.zeros(cameras * tiles + 1, np.int64)
     np.cumsum(per_tile, out=starts[1:])
     place = starts[:-1].reshape(cameras, 1, tiles) + np.cumsum(by_part, 1) - by_part
-    pairs, slots = np.empty(starts[-1], np.int32), np.empty(starts[-1], np.int32)
+    pairs = memory.empty(2 * int(starts[-1]), np.int32)
     place = np.ascontiguousarray(place.reshape(cameras * parts, tiles))
-    pool.run(kernels.list_pairs, len(ranges), len(ranges), ranges, order, records, start, place, pairs, slots, columns)
+    pool.run(binning.list_pairs, len(ranges), len(ranges), ranges, order, boxes, start, place, pairs, columns)
     fullest_first = np.argsort(-per_tile, kind="stable").astype(np.int32)
-    return _Pairs(records, touched, start, pairs, slots, starts, fullest_first, (columns, rows, width, height))
+    masks = memory.empty(len(pairs) // 2, np.uint16)
+    return _Pairs(records, touched, start, pairs, masks, starts, fullest_first, (columns, rows, width, height))
 
 
 class _Composite(torch.autograd.Function):
@@ -287,46 +250,46 @@ class _Composite(torch.autograd.Function):
         width, height, divide, absgrad = options
         cameras, channels = colors.shape[0], colors.shape[-1]
         paired = _pair_up(means2d, conics, opacities, colors, radii, depths, (width, height))
-        image, alphas = np.empty((cameras, height, width, channels), F), np.empty((cameras, height, width, 1), F)
-        transmittances = np.empty(cameras * height * width, F)
-        lasts = np.empty(cameras * height * width, np.int32)
+        image, alphas = memory.empty((cameras, height, width, channels)), memory.empty((cameras, height, width, 1))
+        transmittances = memory.empty(cameras * height * width)
+        ends = memory.empty(cameras * height * width)
         for first in range(0, channels, 4):
             if first:
                 _recolor(paired, colors, first)
             pool.run(
-                kernels.composite, len(paired.tiles), pool.chunks_of(len(paired.tiles), 1), paired.tiles,
-                paired.records, paired.pairs, paired.starts, _array(backgrounds).reshape(-1), image.reshape(-1),
-                alphas.reshape(-1), transmittances, lasts, *paired.grid, channels, first, F(ALPHA_MAX), divide,
+                compositing.composite, len(paired.tiles), pool.chunks_of(len(paired.tiles), 1), paired.tiles,
+                paired.records, paired.pairs, paired.starts, paired.masks, _array(backgrounds).reshape(-1),
+                image.reshape(-1), alphas.reshape(-1), transmittances, ends, *paired.grid, channels, first, F(ALPHA_MAX), divide,
             )  # fmt: skip
         result = torch.from_numpy(image)
-        ctx.save_for_backward(means2d, colors, backgrounds, result if divide else None)
-        ctx.paired, ctx.pixels, ctx.options = paired, (transmittances, lasts), options
+        ctx.save_for_backward(means2d, colors, opacities, backgrounds, result if divide else None)
+        ctx.paired, ctx.pixels, ctx.options = paired, (transmittances, ends), options
         return result, torch.from_numpy(alphas)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, v_image, v_alphas):
-        means2d, colors, backgrounds, image = ctx.saved_tensors
-        paired, (transmittances, lasts) = ctx.paired, ctx.pixels
+        means2d, colors, opacities, backgrounds, image = ctx.saved_tensors
+        paired, (transmittances, ends) = ctx.paired, ctx.pixels
         width, height, divide, absgrad = ctx.options
         (cameras, n, channels), v = colors.shape, _array(v_image).reshape(-1)
         divided = _array(image).reshape(-1) if divide else np.empty(0, F)
-        gradients = _aligned(len(paired.pairs) * RECORD)
-        v_means2d, v_conics = np.empty((cameras, n, 2), F), np.empty((cameras, n, 3), F)
-        v_opacities, v_colors = np.empty((cameras, n), F), np.empty((cameras, n, channels), F)
-        v_abs = np.empty((cameras, n, 2) if absgrad else (0,), F)
+        gradients = memory.empty(len(paired.masks) * RECORD)
+        v_means2d, v_conics = memory.empty((cameras, n, 2)), memory.empty((cameras, n, 3))
+        v_opacities, v_colors = memory.empty((cameras, n)), memory.empty((cameras, n, channels))
+        v_abs = memory.empty((cameras, n, 2) if absgrad else (0,))
         for first in range(0, channels, 4):
             if channels > 4:
                 _recolor(paired, colors, first)
             pool.run(
-                kernels.composite_backward, len(paired.tiles), pool.chunks_of(len(paired.tiles), 1), paired.tiles,
-                paired.records, paired.pairs, paired.slots, paired.starts, _array(backgrounds).reshape(-1), divided,
-                transmittances, lasts, v, _array(v_alphas).reshape(-1), gradients, *paired.grid, channels, first,
+                compositing.composite_backward, len(paired.tiles), pool.chunks_of(len(paired.tiles), 1), paired.tiles,
+                paired.records, paired.pairs, paired.starts, paired.masks, _array(backgrounds).reshape(-1), divided,
+                transmittances, ends, v, _array(v_alphas).reshape(-1), gradients, *paired.grid, channels, first,
                 F(ALPHA_MAX), divide, absgrad,
             )  # fmt: skip
             pool.run(
-                kernels.add_pairs, cameras * n, pool.chunks_of(cameras * n), paired.touched, paired.start,
-                paired.records, gradients, v_means2d.reshape(-1), v_conics.reshape(-1), v_opacities.reshape(-1),
+                compositing.add_pairs, cameras * n, pool.chunks_of(cameras * n), paired.touched, paired.start,
+                paired.records, gradients, _array(opacities).reshape(-1), v_means2d.reshape(-1), v_conics.reshape(-1), v_opacities.reshape(-1),
                 v_colors.reshape(-1), v_abs.reshape(-1), channels, first, absgrad,
             )  # fmt: skip
         if absgrad:
@@ -334,7 +297,7 @@ class _Composite(torch.autograd.Function):
         v_backgrounds = None
         if ctx.needs_input_grad[4]:
             v_rows = np.empty((cameras, height, channels), F)
-            pool.run(kernels.background_backward, cameras * height, pool.chunks_of(cameras * height, 32), v,
+            pool.run(compositing.background_backward, cameras * height, pool.chunks_of(cameras * height, 32), v,
                      transmittances, v_rows.reshape(-1), width, channels)  # fmt: skip
             v_backgrounds = torch.from_numpy(v_rows.sum(1))
         geometry = map(torch.from_numpy, (v_means2d, v_conics, v_colors, v_opacities))
@@ -343,5 +306,5 @@ class _Composite(torch.autograd.Function):
 
 def _recolor(paired: _Pairs, colors: Tensor, first: int) -> None:
     total, channels = len(paired.touched), colors.shape[-1]
-    pool.run(kernels.recolor, total, pool.chunks_of(total), _array(colors).reshape(-1), paired.touched,
+    pool.run(binning.recolor, total, pool.chunks_of(total), _array(colors).reshape(-1), paired.touched,
              paired.records, channels, first)  # fmt: skip

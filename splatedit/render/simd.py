@@ -8,9 +8,9 @@
 Operators take vectors, numbers, or one of each; comparisons give a mask for `where`, `any_lane`, `&` and `|`. Numbers
 in kernels are written F(2), float32: a bare 2.0 is float64, converted at every use.
 
-LANES is 16 on every machine: one AVX-512 register, and one 4x4 block of pixels, which the compositing is laid out for.
-LLVM splits it into two AVX or four SSE/NEON registers elsewhere: same numbers, 1.5 to 2.4 times slower there than a
-width of its own would be.
+LANES is chosen once, at import, by asking LLVM what registers this machine has: 16 with AVX-512, 8 with AVX, 4 with SSE
+or NEON. Kernels work on any of these: what has a size of its own (a record of 16 floats, a block of 4x4 pixels) is a
+multiple of it.
 
 After a change in this file delete `__pycache__/kernels*.nb*`: numba's cache on disk watches kernels.py alone.
 """
@@ -21,17 +21,37 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import types
+from llvmlite import binding, ir
+from numba import config, types
 from numba.core import cgutils
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, models, register_model
 
-LANES = 16
-
 _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)
+
+
+def _width() -> int:
+    """Floats in the widest register of the CPU that numba compiles for (which NUMBA_CPU_NAME may set)."""
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    name = config.CPU_NAME or binding.get_host_cpu_name()
+    features = config.CPU_FEATURES
+    if features is None:
+        features = "" if config.CPU_NAME else binding.get_host_cpu_features().flatten()
+    module = ir.Module()
+    floats = ir.VectorType(_FLOAT, 16)
+    function = ir.Function(module, ir.FunctionType(floats, [floats, floats]), "add")
+    builder = ir.IRBuilder(function.append_basic_block())
+    builder.ret(builder.fadd(*function.args))
+    machine = binding.Target.from_default_triple().create_target_machine(cpu=name, features=features)
+    assembly = machine.emit_assembly(binding.parse_assembly(str(module)))
+    return 16 if "zmm" in assembly else 8 if "ymm" in assembly else 4
+
+
+LANES = _width()
+
 _FLOATS = ir.VectorType(_FLOAT, LANES)
 _INTS = ir.VectorType(_INT, LANES)
 _BOOLS = ir.VectorType(ir.IntType(1), LANES)
@@ -119,8 +139,13 @@ def _load(builder: Any, address: Any) -> Any:
     return value
 
 
-def _store(builder: Any, value: Any, address: Any) -> None:
-    builder.store(value, builder.bitcast(address, _FLOATS.as_pointer())).align = 4
+def _store(builder: Any, value: Any, address: Any, stream: bool = False) -> None:
+    """Past the cache if `stream`, which saves reading the line first; the address is then that of a whole vector."""
+    store = builder.store(value, builder.bitcast(address, _FLOATS.as_pointer()))
+    store.align = 4
+    if stream:
+        store.align = 4 * LANES
+        store.set_metadata("nontemporal", builder.module.add_metadata([_INT(1)]))
 
 
 # ---------------------------------------------------------------- operators
@@ -198,20 +223,19 @@ def _function(name: str, count: int, write: Callable[..., Any], doc: str) -> Any
     return intrinsic(function)
 
 
-def _exp(b: Any, x: Any) -> Any:
-    # exp(x) = 2^n 2^f with n the nearest integer to x log2(e), so |f| <= 1/2; 2^n is written into the exponent bits
-    n = _call(b, "nearbyint", b.fmul(x, _constant(1.4426950408889634), flags=FAST))
-    f = _call(b, "fmuladd", x, _constant(1.4426950408889634), b.fneg(n))
+def _exp2(b: Any, x: Any) -> Any:
+    # 2^x = 2^n 2^f with n the nearest integer, |f| <= 1/2; 2^n is added to the exponent bits. The polynomial is the
+    # minimax one for the relative error, 7.5e-8, to which float32 arithmetic adds
+    n = _call(b, "nearbyint", x)
     power = _polynomial(
         b,
-        f,
-        1.535336188319500e-4,
-        1.339887440266574e-3,
-        9.618437357674640e-3,
-        5.550332471162809e-2,
-        2.402264791363012e-1,
-        6.931472028550421e-1,
-        1.0,
+        b.fsub(x, n),
+        1.3276471979301512e-3,
+        9.67554133421011e-3,
+        5.5507132735430245e-2,
+        2.4022119723848634e-1,
+        6.93146967064733e-1,
+        1.000000071654682,
     )
     return b.bitcast(b.add(b.bitcast(power, _INTS), b.shl(b.fptosi(n, _INTS), _integers(23))), _FLOATS)
 
@@ -231,7 +255,7 @@ vabs = _function("vabs", 1, lambda b, x: _call(b, "fabs", x), "Absolute value.")
 vsqrt = _function("vsqrt", 1, lambda b, x: _call(b, "sqrt", x), "Square root.")
 vceil = _function("vceil", 1, lambda b, x: _call(b, "ceil", x), "Smallest integer not below.")
 vfloor = _function("vfloor", 1, lambda b, x: _call(b, "floor", x), "Largest integer not above.")
-vexp = _function("vexp", 1, _exp, "exp(x) for x in [-87, 87]; relative error below 4e-7.")
+vexp2 = _function("vexp2", 1, _exp2, "2^x for x in [-126, 127], anything beyond; relative error below 2.5e-7.")
 vlog = _function("vlog", 1, _log, "ln(x) for positive normal x; relative error about 1e-7.")
 vmin = _function("vmin", 2, lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y), "Smaller one; y if x is NaN.")
 vmax = _function("vmax", 2, lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y), "Larger one; y if x is NaN.")
@@ -240,13 +264,13 @@ fma = _function("fma", 3, lambda b, x, y, z: _call(b, "fmuladd", x, y, z), "x * 
 
 @intrinsic
 def lane_column(typing: Any) -> Any:
-    """0 1 2 3 0 1 2 3 ...: the column of each lane in a 4x4 block of pixels."""
+    """0 1 2 3 0 1 2 3 ...: the column of each lane, four columns wide."""
     return vector(), lambda context, builder, sig, args: ir.Constant(_FLOATS, [float(i % 4) for i in range(LANES)])
 
 
 @intrinsic
 def lane_row(typing: Any) -> Any:
-    """0 0 0 0 1 1 1 1 ...: the row of each lane in a 4x4 block of pixels."""
+    """0 0 0 0 1 1 1 1 ...: the row of each lane, four columns wide."""
     return vector(), lambda context, builder, sig, args: ir.Constant(_FLOATS, [float(i // 4) for i in range(LANES)])
 
 
@@ -272,6 +296,22 @@ def any_lane(typing: Any, condition: Any) -> Any:
     return types.boolean(mask), generate
 
 
+@intrinsic
+def lane_bits(typing: Any, condition: Any) -> Any:
+    """An int64 whose bit k says whether the condition holds in lane k."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.zext(builder.bitcast(args[0], ir.IntType(LANES)), ir.IntType(64))
+
+    return types.int64(mask), generate
+
+
+@intrinsic
+def lowest_bit(typing: Any, bits: Any) -> Any:
+    """Number of the lowest bit that is set, of an int64 that is not 0."""
+    return types.int64(types.int64), lambda context, builder, sig, args: builder.cttz(args[0], ir.IntType(1)(1))
+
+
 # ---------------------------------------------------------------- memory: flat C-contiguous arrays, bounds not checked
 
 
@@ -285,21 +325,28 @@ def vload(typing: Any, array: Any, index: Any) -> Any:
     return vector(array, types.intp), generate
 
 
-@intrinsic
-def vstore(typing: Any, array: Any, index: Any, value: Any) -> Any:
-    """array[index : index + LANES] = value."""
+def _storing(stream: bool) -> Any:
+    def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            value = _vector_of(builder, sig.args[2], args[2])
+            _store(builder, value, _address(context, builder, sig.args[0], *args[:2]), stream)
+            return context.get_dummy_value()
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        value = _vector_of(builder, sig.args[2], args[2])
-        _store(builder, value, _address(context, builder, sig.args[0], *args[:2]))
-        return context.get_dummy_value()
+        return types.void(array, types.intp, value), generate
 
-    return types.void(array, types.intp, value), generate
+    store.__name__ = "vstream" if stream else "vstore"
+    store.__doc__ = "array[index : index + LANES] = value" + (
+        ", past the cache, to an aligned address." * stream or "."
+    )
+    return intrinsic(store)
+
+
+vstore, vstream = _storing(False), _storing(True)
 
 
 @intrinsic
 def vgather(typing: Any, array: Any, index: Any, stride: Any) -> Any:
-    """Lane k is array[index + k * stride], of a float32 or int32 array."""
+    """Lane k is array[index + k * stride], of an array of float32 or integers."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         array, index, stride = args
@@ -317,7 +364,7 @@ def vgather(typing: Any, array: Any, index: Any, stride: Any) -> Any:
 
 @intrinsic
 def vscatter(typing: Any, array: Any, index: Any, stride: Any, value: Any) -> Any:
-    """array[index + k * stride] = lane k, for a float32 or int32 array."""
+    """array[index + k * stride] = lane k, for an array of float32 or integers."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         array, index, stride, value = args
@@ -325,7 +372,7 @@ def vscatter(typing: Any, array: Any, index: Any, stride: Any, value: Any) -> An
         for k in range(LANES):
             x = builder.extract_element(value, _INT(k))
             if isinstance(sig.args[0].dtype, types.Integer):
-                x = builder.fptosi(x, _INT)
+                x = builder.fptosi(x, context.get_value_type(sig.args[0].dtype))
             builder.store(x, _address(context, builder, sig.args[0], array, index))
             index = builder.add(index, stride)
         return context.get_dummy_value()
@@ -347,22 +394,27 @@ def prefetch(typing: Any, array: Any, index: Any) -> Any:
     return types.void(array, types.intp), generate
 
 
-@intrinsic
-def transpose(typing: Any, source: Any, index: Any, stride: Any, target: Any, start: Any, step: Any) -> Any:
-    """target[start + step * k + j] = source[index + stride * j + k] for all j and k below LANES."""
+def _transposing(stream: bool) -> Any:
+    def transpose(typing: Any, source: Any, index: Any, stride: Any, target: Any, start: Any, step: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            source, index, stride, target, start, step = args
+            rows = []
+            for _ in range(LANES):
+                rows.append(_load(builder, _address(context, builder, sig.args[0], source, index)))
+                index = builder.add(index, stride)
+            for row in _transposed(builder, rows):
+                _store(builder, row, _address(context, builder, sig.args[3], target, start), stream)
+                start = builder.add(start, step)
+            return context.get_dummy_value()
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        source, index, stride, target, start, step = args
-        rows = []
-        for _ in range(LANES):
-            rows.append(_load(builder, _address(context, builder, sig.args[0], source, index)))
-            index = builder.add(index, stride)
-        for row in _transposed(builder, rows):
-            _store(builder, row, _address(context, builder, sig.args[3], target, start))
-            start = builder.add(start, step)
-        return context.get_dummy_value()
+        return types.void(source, types.intp, types.intp, target, types.intp, types.intp), generate
 
-    return types.void(source, types.intp, types.intp, target, types.intp, types.intp), generate
+    transpose.__name__ = "stream_transposed" if stream else "transpose"
+    transpose.__doc__ = "target[start + step * k + j] = source[index + stride * j + k] for all j and k below LANES."
+    return intrinsic(transpose)
+
+
+transpose, stream_transposed = _transposing(False), _transposing(True)
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
@@ -380,18 +432,69 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     return rows
 
 
+# ---------------------------------------------------------------- rows of four pixels
+
+_QUAD = ir.VectorType(_FLOAT, 4)
+
+
+def _load_quad(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    value = builder.load(builder.bitcast(_address(context, builder, array_type, array, index), _QUAD.as_pointer()))
+    value.align = 4
+    return value
+
+
+def _store_quad(context: Any, builder: Any, value: Any, array_type: Any, array: Any, index: Any) -> None:
+    address = builder.bitcast(_address(context, builder, array_type, array, index), _QUAD.as_pointer())
+    builder.store(value, address).align = 4
+
+
+@intrinsic
+def copy_quad(typing: Any, source: Any, index: Any, target: Any, start: Any) -> Any:
+    """target[start : start + 4] = source[index : index + 4]."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _store_quad(context, builder, _load_quad(context, builder, sig.args[0], *args[:2]), sig.args[2], *args[2:])
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, target, types.intp), generate
+
+
+@intrinsic
+def transpose_quads(typing: Any, source: Any, index: Any, stride: Any, target: Any, start: Any, step: Any) -> Any:
+    """target[start + step * k + j] = source[index + stride * j + k] for all j and k below 4."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        source, index, stride, target, start, step = args
+        rows = []
+        for _ in range(4):
+            rows.append(_load_quad(context, builder, sig.args[0], source, index))
+            index = builder.add(index, stride)
+        pairs = [_shuffle(builder, rows[i], rows[i + 1], [k, k + 4, k + 1, k + 5]) for k in (0, 2) for i in (0, 2)]
+        for low, high in (pairs[:2], pairs[2:]):
+            for lanes in ([0, 1, 4, 5], [2, 3, 6, 7]):
+                _store_quad(context, builder, _shuffle(builder, low, high, lanes), sig.args[3], target, start)
+                start = builder.add(start, step)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, types.intp, target, types.intp, types.intp), generate
+
+
 @intrinsic
 def store_sums(typing: Any, array: Any, index: Any, values: Any) -> Any:
-    """array[index + j] = sum of the lanes of values[j], 0 where the tuple has fewer than LANES vectors.
+    """array[index + j] = sum of the lanes of values[j] for j below 16, 0 where the tuple has fewer vectors.
 
     Transposing while adding: each round of shuffles also halves the number of vectors, 15 additions in all instead of
-    a sum over lanes for each.
+    a sum over lanes for each. Past the cache: `array` begins at a cache line, and `index` is a multiple of 16.
     """
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         rows = [builder.extract_value(args[2], j) for j in range(len(sig.args[2]))]
-        rows += [_constant(0.0)] * (LANES - len(rows))
-        _store(builder, _sums(builder, rows), _address(context, builder, sig.args[0], *args[:2]))
+        rows += [_constant(0.0)] * (16 - len(rows))
+        for j in range(0, 16, LANES):
+            at = builder.add(args[1], ir.IntType(64)(j))
+            _store(
+                builder, _sums(builder, rows[j : j + LANES]), _address(context, builder, sig.args[0], args[0], at), True
+            )
         return context.get_dummy_value()
 
     return types.void(array, types.intp, values), generate

@@ -1,0 +1,2 @@
+def values(arguments):
+    pass

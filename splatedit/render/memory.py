@@ -1,0 +1,69 @@
+"""Large arrays on memory that is used again.
+
+A step of an optimisation makes the same arrays as the one before, many megabytes each. Fresh memory comes from the
+system page by page, zeroed at the first touch, which for a million Gaussians costs a sixth of a render. So the memory
+of an array made here goes, when the last array or tensor on it is gone, to a list from which the next takes it.
+"""
+
+import math
+import threading
+from typing import Any
+
+import numpy as np
+
+SMALLEST = 1 << 18  # bytes; what is smaller, the C library keeps by itself
+KEEP = 1 << 30  # bytes at most that wait to be used again
+
+_free: list[np.ndarray] = []  # the longest waiting first
+_lock = threading.Lock()
+
+
+class _Loan:
+    """Owns a block as long as an array or a tensor is on it."""
+
+    def __init__(self, block: np.ndarray, shape: tuple[int, ...], dtype: Any) -> None:
+        self.block = block
+        address = block.ctypes.data + -block.ctypes.data % 64
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": shape,
+            "typestr": np.dtype(dtype).str,
+            "data": (address, False),
+        }
+
+    def __del__(self) -> None:
+        _give_back(self.block)
+
+
+def empty(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """An array of any content, C-contiguous, that begins at a cache line."""
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size < SMALLEST:
+        block = np.empty(size + 64, np.uint8)
+        skip = -block.ctypes.data % 64
+        return block[skip : skip + size].view(dtype).reshape(shape)
+    return np.asarray(_Loan(_take(size), shape, dtype))
+
+
+def free() -> None:
+    """Give all memory that waits to be used again back to the system."""
+    with _lock:
+        _free.clear()
+
+
+def _take(size: int) -> np.ndarray:
+    """The smallest free block that holds `size` bytes and is not half empty, else a new one, an eighth too large at most."""
+    with _lock:
+        fitting = [i for i, block in enumerate(_free) if size + 64 <= block.nbytes <= 2 * size]
+        if fitting:
+            return _free.pop(min(fitting, key=lambda i: _free[i].nbytes))
+    step = 1 << max(12, size.bit_length() - 4)  # so that the next, a little larger, fits too
+    return np.empty((size + 64 + step - 1) // step * step, np.uint8)
+
+
+def _give_back(block: np.ndarray) -> None:
+    with _lock:
+        _free.append(block)
+        while sum(b.nbytes for b in _free) > KEEP:
+            _free.pop(0)

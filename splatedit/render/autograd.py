@@ -88,10 +88,9 @@ def project(
     """
     if coefficients is None:
         coefficients = means.new_zeros(len(means), 1, 0)
-    eyes = torch.linalg.inv(viewmats)[:, :3, 3] if degree >= 0 else viewmats[:, :3, 3]
     odd = np.zeros(1, np.bool_)
     options = (degree, channels, shape, odd)
-    splats = _Project.apply(means, quats, scales, opacities, coefficients, viewmats, eyes, Ks, options)
+    splats = _Project.apply(means, quats, scales, opacities, coefficients, viewmats, Ks, options)
     if odd[0]:
         checks.values(
             {"means": means, "quats": quats, "scales": scales, "opacities": opacities, "colors": coefficients}
@@ -129,12 +128,22 @@ def _by_blocks(kernel: Any, n: int, inputs: list[np.ndarray], outputs: list[np.n
     whole, rest = divmod(n, LANES)
     pool.run(kernel, whole, pool.chunks_of(n), *(a.reshape(-1) for a in (*inputs, *outputs)), *shared)
     if rest:
-        filled = [memory.empty((LANES, *a.shape[1:]), a.dtype) for a in (*inputs, *outputs)]
+        filled = _filled(LANES, (*inputs, *outputs))
         for a, b in zip((*inputs, *outputs), filled, strict=True):
-            b[:rest], b[rest:] = a[n - rest :], 0
+            b[:rest] = a[n - rest :]
         kernel(0, 1, pool.chunks_of(n), *(b.reshape(-1) for b in filled), *shared)
         for a, b in zip(outputs, filled[len(inputs) :], strict=True):
             a[n - rest :] = b[:rest]
+
+
+def _filled(rows: int, like: tuple[np.ndarray, ...]) -> list[np.ndarray]:
+    """Zeros of so many rows for each array, all on one piece of memory, each from the start of a cache line on."""
+    sizes = [rows * a[:1].nbytes for a in like]
+    starts = np.cumsum([0, *(-(-size // 64) * 64 for size in sizes)])
+    whole = memory.empty(int(starts[-1]), np.uint8)
+    whole[:] = 0
+    pieces = (whole[start : start + size] for start, size in zip(starts, sizes, strict=False))
+    return [p.view(a.dtype).reshape(rows, *a.shape[1:]) for p, a in zip(pieces, like, strict=True)]
 
 
 def _chunk_sums(n: int) -> np.ndarray:
@@ -149,21 +158,34 @@ def _chunk_sums(n: int) -> np.ndarray:
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, means, quats, scales, opacities, coefficients, viewmats, eyes, Ks, options):
+    def forward(ctx, means, quats, scales, opacities, coefficients, viewmats, Ks, options):
         degree, channels, (width, height, near, far, clip, eps2d, antialiased, least), odd = options
         n, cameras = means.shape[0], viewmats.shape[0]
         inputs = _arrays(means, quats, scales, opacities, coefficients)
         results = [memory.empty((cameras, n, 2), np.int32)]
         results += [memory.empty((cameras, n, *k)) for k in ((2,), (), (3,), (), (channels,))]
         found = np.zeros(pool.chunks_of(n) + 1, np.bool_)
-        for c, (view, K, eye) in enumerate(zip(*_arrays(viewmats, Ks, eyes), strict=True)):
-            camera = (found, view, K, eye, F(width), F(height), F(eps2d), F(near), F(far), F(clip), antialiased)
+        inverses = np.linalg.inv(_array(viewmats))
+        for c, (view, K, inverse) in enumerate(zip(*_arrays(viewmats, Ks), inverses, strict=True)):
+            camera = (
+                found,
+                view,
+                K,
+                inverse[:3, 3].copy(),
+                F(width),
+                F(height),
+                F(eps2d),
+                F(near),
+                F(far),
+                F(clip),
+                antialiased,
+            )
             harmonics = (F(least), degree, 3 * coefficients.shape[1], channels)
             _by_blocks(projection.project, n, inputs, [a[c] for a in results], *camera, *harmonics)
         odd[0] = found.any()
         tensors = [torch.from_numpy(a) for a in results]
-        ctx.save_for_backward(means, quats, scales, opacities, coefficients, viewmats, eyes, Ks, tensors[0], tensors[5])
-        ctx.options = options
+        ctx.save_for_backward(means, quats, scales, opacities, coefficients, viewmats, Ks, tensors[0], tensors[5])
+        ctx.options, ctx.inverses = options, inverses
         ctx.mark_non_differentiable(tensors[0])
         ctx.set_materialize_grads(False)
         return tuple(tensors)
@@ -171,13 +193,13 @@ class _Project(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, _, *upstream):
-        means, quats, scales, opacities, coefficients, viewmats, eyes, Ks, radii, colors = _arrays(*ctx.saved_tensors)
+        means, quats, scales, opacities, coefficients, viewmats, Ks, radii, colors = _arrays(*ctx.saved_tensors)
         degree, channels, (width, height, *_, eps2d, antialiased, least), _ = ctx.options
         cameras, n = radii.shape[:2]
         shapes = ((cameras, n, 2), (cameras, n), (cameras, n, 3), (cameras, n), (cameras, n, channels))
         v_splats = [np.zeros(s, F) if v is None else _array(v) for v, s in zip(upstream, shapes, strict=True)]
         results = [memory.empty(a.shape) for a in (means, quats, scales, opacities, coefficients)]
-        v_views, v_eyes = np.zeros_like(viewmats), np.zeros_like(eyes)
+        v_views, inverses = np.zeros_like(viewmats), ctx.inverses
         needs = ctx.needs_input_grad
         floats = 3 * coefficients.shape[1]
         wanted, bend = bool(degree >= 0 and needs[4]), bool(needs[0] or needs[5])
@@ -185,13 +207,24 @@ class _Project(torch.autograd.Function):
         for c in range(cameras):
             inputs = [means, quats, scales, opacities, coefficients, radii[c], colors[c], *(v[c] for v in v_splats)]
             sums = _chunk_sums(n)
-            camera = (sums.reshape(-1), viewmats[c], Ks[c], eyes[c], F(width), F(height), F(eps2d), antialiased)
+            camera = (
+                sums.reshape(-1),
+                viewmats[c],
+                Ks[c],
+                inverses[c, :3, 3].copy(),
+                F(width),
+                F(height),
+                F(eps2d),
+                antialiased,
+            )
             flags = (F(least), degree, floats, channels, c > 0, wanted, bend, stream)
             _by_blocks(projection.project_backward, n, inputs, results, *camera, *flags)
             total = sums.sum(0)
-            v_views[c, :3], v_eyes[c] = total[:12].reshape(3, 4), total[12:15]
+            v_views[c, :3] = total[:12].reshape(3, 4)
+            # the eye is the last column of the inverse W, and dW = -W dV W
+            v_views[c] -= np.outer(total[12:15] @ inverses[c, :3], inverses[c, :, 3])
         gradients = [torch.from_numpy(a) for a in results]
-        return *gradients[:4], gradients[4] if wanted else None, *map(torch.from_numpy, (v_views, v_eyes)), None, None
+        return *gradients[:4], gradients[4] if wanted else None, torch.from_numpy(v_views), None, None
 
 
 class _Pairs(NamedTuple):
@@ -220,15 +253,13 @@ def _pair_up(
     boxes = memory.empty(total * 4, np.int16)
     outputs = [records.reshape(total, RECORD), boxes.reshape(total, 4), touched]
     _by_blocks(binning.pack, total, inputs, outputs, channels, columns, rows)
-    order, counts = memory.empty(total, np.int32), np.zeros(cameras, np.int64)
-    pool.run(binning.sort_by_depth, cameras, cameras, _array(depths).reshape(-1), touched, order, counts, n)
+    order, limits = _sort(_array(depths).reshape(-1), touched, cameras)
 
     start = memory.empty(total + 1, np.int64)
     start[0] = 0
     np.cumsum(touched, out=start[1:])
-    parts = pool.chunks_of(int(counts.max()), 4096, 4)  # of the Gaussians of a camera, each with its own counts
-    ranges = np.array([[c * n + counts[c] * p // parts, c * n + counts[c] * (p + 1) // parts]
-                       for c in range(cameras) for p in range(parts)])  # fmt: skip
+    parts = pool.chunks_of(int((limits[1:] - limits[:-1]).max()), 4096, 4)  # of a camera, each with its own counts
+    ranges = _parts(limits[:-1], limits[1:], parts)
     pair_counts = np.zeros((cameras * parts, tiles), np.int64)
     pool.run(binning.count_pairs, len(ranges), len(ranges), ranges, order, boxes, pair_counts, columns)
     by_part = pair_counts.reshape(cameras, parts, tiles)
@@ -242,6 +273,38 @@ def _pair_up(
     fullest_first = np.argsort(-per_tile, kind="stable").astype(np.int32)
     masks = memory.empty(len(pairs) // 2, np.uint16)
     return _Pairs(records, touched, start, pairs, masks, starts, fullest_first, (columns, rows, width, height))
+
+
+def _parts(first: np.ndarray, past: np.ndarray, parts: int) -> np.ndarray:
+    """(k parts, 2): each of k ranges cut into so many."""
+    cuts = first[:, None] + (past - first)[:, None] * np.arange(parts + 1) // parts
+    return np.stack([cuts[:, :-1], cuts[:, 1:]], -1).reshape(-1, 2)
+
+
+def _sort(depths: np.ndarray, touched: np.ndarray, cameras: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of what is seen, nearest first, camera c at [limits[c] : limits[c + 1]]; and limits (c + 1,)."""
+    bits, n = depths.view(np.uint32), len(depths) // cameras
+    count = pool.chunks_of(n, 1 << 15, 16)
+    parts = _parts(np.arange(cameras) * n, np.arange(1, cameras + 1) * n, count)
+    bounds = np.empty((len(parts), 3), np.int64)
+    pool.run(binning.depth_bounds, len(parts), len(parts), parts, bits, touched, bounds)
+    by_camera = bounds.reshape(cameras, count, 3)
+    limits = np.concatenate([[0], by_camera[:, :, 0].sum(1).cumsum()])
+    low = np.minimum(by_camera[:, :, 1].min(1), by_camera[:, :, 2].max(1))
+    lengths = [int(span).bit_length() for span in by_camera[:, :, 2].max(1) - low]
+    buckets = 1 if n < 1 << 14 else 256
+    shift = np.array([max(0, length - buckets.bit_length() + 1) for length in lengths])
+    lows, shifts = np.repeat(low, count).astype(np.uint32), np.repeat(shift, count).astype(np.uint32)
+    counts = np.zeros((len(parts), buckets), np.int64)
+    pool.run(binning.count_buckets, len(parts), len(parts), parts, bits, touched, lows, shifts, counts)
+    by_bucket = counts.reshape(cameras, count, buckets).swapaxes(1, 2)  # camera, bucket, part: the order of places
+    starts = np.concatenate([[0], by_bucket.sum(2).reshape(-1).cumsum()])
+    places = (by_bucket.reshape(-1).cumsum() - by_bucket.reshape(-1)).reshape(by_bucket.shape).swapaxes(1, 2)
+    places = np.ascontiguousarray(places.reshape(len(parts), buckets))
+    keys, order = memory.empty(int(limits[-1]), np.uint32), memory.empty(int(limits[-1]), np.int32)
+    pool.run(binning.fill_buckets, len(parts), len(parts), parts, bits, touched, lows, shifts, places, keys, order)
+    pool.run(binning.sort_buckets, len(starts) - 1, pool.chunks_of(len(starts) - 1, 16), starts, np.repeat(shift, buckets), keys, order)
+    return order, limits
 
 
 class _Composite(torch.autograd.Function):

@@ -89,53 +89,79 @@ def recolor(begin, end, chunk, colors, touched, records, channels, first):
                 records[f * RECORD + 6 + k] = colors[f * channels + first + k] if first + k < channels else F(0)
 
 
-@kernel
-def sort_by_depth(begin, end, chunk, depths, touched, order, counts, n):
-    """order[c n : c n + counts[c]]: the Gaussians that camera c sees, nearest first, equal depths by number.
+# Depths are sorted by their bits, which for positive floats are in the order of the values (csrc/IntersectTile.cu does
+# the same), less the smallest: first into buckets by the leading bits, each part of the Gaussians with places of its
+# own in each bucket, then the buckets, which fit the nearest cache, by radix. Equal depths stay in the order of numbers.
 
-    Radix sort by the bits of the depth, which for positive floats are in the order of the values (csrc/IntersectTile.cu
-    does the same), less the smallest: two or three rounds of at most 11 bits.
-    """
-    for c in range(begin, end):
-        bits = depths[c * n : (c + 1) * n].view(np.uint32)
-        keys, index = np.empty(n, np.uint32), order[c * n : (c + 1) * n]
-        low, high = np.uint32(0xFFFFFFFF), np.uint32(0)
-        count = 0
-        for i in range(n):
-            if touched[c * n + i] > 0:
-                keys[count] = bits[i]
-                index[count] = c * n + i
-                low, high = min(low, bits[i]), max(high, bits[i])
+
+@kernel
+def depth_bounds(begin, end, chunk, parts, bits, touched, bounds):
+    """bounds[q]: number, least and largest bits of those that are seen of parts[q] = (first, past)."""
+    for q in range(begin, end):
+        count, low, high = 0, np.uint32(0xFFFFFFFF), np.uint32(0)
+        for i in range(parts[q, 0], parts[q, 1]):
+            if touched[i] > 0:
                 count += 1
-        counts[c] = count
-        if count == 0:
+                low, high = min(low, bits[i]), max(high, bits[i])
+        bounds[q, 0], bounds[q, 1], bounds[q, 2] = count, low, high
+
+
+@kernel
+def count_buckets(begin, end, chunk, parts, bits, touched, lows, shifts, counts):
+    """counts[q, k]: how many of part q belong into bucket k = (bits - low) >> shift of their camera."""
+    for q in range(begin, end):
+        low, shift = lows[q], shifts[q]
+        for i in range(parts[q, 0], parts[q, 1]):
+            if touched[i] > 0:
+                counts[q, (bits[i] - low) >> shift] += 1
+
+
+@kernel
+def fill_buckets(begin, end, chunk, parts, bits, touched, lows, shifts, places, keys, order):
+    """Keys and numbers of part q into its buckets, from places[q, k] on."""
+    for q in range(begin, end):
+        low, shift = lows[q], shifts[q]
+        for i in range(parts[q, 0], parts[q, 1]):
+            if touched[i] > 0:
+                key = bits[i] - low
+                at = places[q, key >> shift]
+                places[q, key >> shift] = at + 1
+                keys[at] = key
+                order[at] = i
+
+
+@kernel
+def sort_buckets(begin, end, chunk, starts, shifts, keys, order):
+    """Radix sort of the numbers order[starts[k] : starts[k + 1]] by their keys, of which the low bits matter.
+
+    Rounds of at most 11 bits; shifts[k] is how many bits do.
+    """
+    for k in range(begin, end):
+        first, count, length = starts[k], starts[k + 1] - starts[k], shifts[k]
+        if count < 2 or length == 0:
             continue
-        length = 0
-        while length < 32 and np.uint64(high - low) >> np.uint64(length) != 0:
-            length += 1
-        rounds = max(1, (length + 10) // 11)
+        rounds = (length + 10) // 11
         width = (length + rounds - 1) // rounds
-        place = np.empty(1 << width, np.int64)
-        mask = np.uint32((1 << width) - 1)
-        other_keys, other_index = np.empty(count, np.uint32), np.empty(count, np.int32)
+        places, mask = np.empty(1 << width, np.int64), np.uint32((1 << width) - 1)
+        a, x = keys[first : first + count], order[first : first + count]
+        b, y = np.empty(count, np.uint32), np.empty(count, np.int32)
         for r in range(rounds):
             shift = np.uint32(r * width)
-            place[:] = 0
+            places[:] = 0
             for j in range(count):
-                place[((keys[j] - low) >> shift) & mask] += 1
+                places[(a[j] >> shift) & mask] += 1
             total = 0
-            for d in range(place.shape[0]):
-                total, place[d] = total + place[d], total
+            for d in range(places.shape[0]):
+                total, places[d] = total + places[d], total
             for j in range(count):
-                d = ((keys[j] - low) >> shift) & mask
-                other_keys[place[d]] = keys[j]
-                other_index[place[d]] = index[j]
-                place[d] += 1
-            keys, other_keys = other_keys, keys
-            index, other_index = other_index, index
-        if rounds % 2 == 1:
-            for j in range(count):
-                order[c * n + j] = index[j]
+                d = (a[j] >> shift) & mask
+                b[places[d]] = a[j]
+                y[places[d]] = x[j]
+                places[d] += 1
+            a, b = b, a
+            x, y = y, x
+        if rounds % 2:
+            order[first : first + count] = x
 
 
 @kernel

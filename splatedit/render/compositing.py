@@ -1,10 +1,9 @@
 """Compositing and its backward: the pixels of a tile, front to back and back to front.
 
 A tile has 16 blocks of 4x4 pixels, numbered along rows. It is kept in planes of 256 floats, block after block, so that
-one block is one vector with AVX-512, two with AVX, four with SSE and NEON. An int64 with a bit for each block says which
-blocks a Gaussian reaches: loops run over its set bits, and a bit set for nothing costs less than a branch guessed wrong.
-
-Names as in `kernels`: v_x is the gradient of the loss with respect to x. Sources are places in gsplat 1.5.3, gsplat/cuda.
+one block is one vector with AVX-512, two with AVX, four with SSE and NEON. An integer with a bit for each block says
+which blocks a Gaussian reaches: loops run over the bits that are set, and one set for nothing costs less than a branch
+guessed wrong. Sources are places in gsplat 1.5.3, under gsplat/cuda.
 """
 
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
@@ -46,12 +45,12 @@ LN2 = F(math.log(2))
 PIXELS = TILE * TILE
 BLOCKS = PIXELS // 16
 ROWS = LANES // 4  # of a block, in one vector
-AHEAD = 6  # records to prefetch ahead
+AHEAD = 12  # records to prefetch ahead
 GROUP = 128  # pairs whose blocks are found before they are composited; their records stay in the nearest cache
 NEVER = np.int32(2**24)  # where a pixel's list has not ended: beyond any list, and exact as a float
 
-# planes: transmittance, in the forward pass below 0 where the pixel has ended; number in the tile's list of the Gaussian
-# that ended it, or NEVER; column and row of the pixel; four channels, of the colour or of its gradient; what lies behind
+# planes: transmittance, in the forward pass below 0 where the pixel has ended; number in the tile's list of the
+# Gaussian that ended it, or NEVER; column and row of the pixel; four channels, or their gradients; what lies behind
 END, COLUMN, ROW, CHANNELS, BEHIND = (k * PIXELS for k in (1, 2, 3, 4, 8))
 
 

@@ -23,12 +23,12 @@ class _Loan:
 
     def __init__(self, block: np.ndarray, shape: tuple[int, ...], dtype: Any) -> None:
         self.block = block
-        address = block.ctypes.data + -block.ctypes.data % 64
+        start = _address(block) + -_address(block) % 64
         self.__array_interface__ = {
             "version": 3,
             "shape": shape,
             "typestr": np.dtype(dtype).str,
-            "data": (address, False),
+            "data": (start, False),
         }
 
     def __del__(self) -> None:
@@ -41,7 +41,7 @@ def empty(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size < SMALLEST:
         block = np.empty(size + 64, np.uint8)
-        skip = -block.ctypes.data % 64
+        skip = -_address(block) % 64
         return block[skip : skip + size].view(dtype).reshape(shape)
     return np.asarray(_Loan(_take(size), shape, dtype))
 
@@ -52,8 +52,12 @@ def free() -> None:
         _free.clear()
 
 
+def _address(block: np.ndarray) -> int:
+    return block.__array_interface__["data"][0]
+
+
 def _take(size: int) -> np.ndarray:
-    """The smallest free block that holds `size` bytes and is not half empty, else a new one, an eighth too large at most."""
+    """The smallest free block that holds `size` bytes and is not half empty, else a new one."""
     with _lock:
         fitting = [i for i, block in enumerate(_free) if size + 64 <= block.nbytes <= 2 * size]
         if fitting:

@@ -251,7 +251,7 @@ def tiles(means2d: Tensor, radii: Tensor, depths: Tensor, width: int, height: in
 def blend(
     means2d: Tensor, conics: Tensor, opacities: Tensor, tile: Tile, absolute: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Blending weights alpha T (m, p) of the m Gaussians near a tile in its p pixels, row by row, and T (p,) at the end.
+    """Blending weights alpha T (m, p) of the m Gaussians near a tile in its p pixels, row by row; T (p,) at the end.
 
     absolute: (n, 2), to which backward adds the absolute gradients of means2d.
     """

@@ -48,6 +48,13 @@ def repeat(text: Text, b: int) -> Text:
     return Text(embeds, pooled, ids)
 
 
+def pick(text: Text, rows: Tensor) -> Text:
+    """The given rows (indices) of a text."""
+    embeds, pooled, ids = (None if part is None else part[rows] for part in text)
+    assert embeds is not None
+    return Text(embeds, pooled, ids)
+
+
 class Draw(NamedTuple):
     """One random draw of noise level and noise, shared by every branch of a score."""
 
@@ -59,6 +66,10 @@ class Draw(NamedTuple):
     def noised(self, z: Tensor) -> Tensor:
         """Clean latents z (b, c, h, w) at this noise level."""
         return self.a * z + self.s * self.noise
+
+    def pick(self, rows: Tensor) -> Draw:
+        """The given rows (indices) of the draw."""
+        return Draw(*(part[rows] for part in self))
 
 
 def scaled_linear(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tensor:
@@ -103,25 +114,48 @@ def to_eps_x0(output: Tensor, x: Tensor, a: Tensor, s: Tensor, prediction_type: 
     raise ValueError(f"prediction_type: found {prediction_type!r}, expected one of {', '.join(PREDICTIONS)}.")
 
 
-def guided(denoise: Denoise, null: Text, scale: float) -> Denoise:
+class Guided(NamedTuple):
+    """A network under classifier-free guidance, and the unguided halves that some methods ask for. It is a Denoise."""
+
+    network: Denoise
+    null: Text  # one row
+    scale: float
+
+    @property
+    def rows(self) -> int:
+        """Rows that the network sees for each row of x_t."""
+        return 1 if self.scale in (0, 1) else 2
+
+    def __call__(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+        if self.scale == 1:
+            return self.network(x, t, text)
+        if self.scale == 0:
+            return self.unconditional(x, t)
+        return self.mix(*self.halves(x, t, text))
+
+    def unconditional(self, x: Tensor, t: Tensor) -> Tensor:
+        """ehat under the null text alone: one row of the network for each row of x."""
+        return self.network(x, t, repeat(self.null, len(x)))
+
+    def halves(self, x: Tensor, t: Tensor, text: Text) -> tuple[Tensor, Tensor]:
+        """ehat under the null text and under `text`, in one network call of 2b rows, null rows first."""
+        both = self.network(torch.cat([x, x]), torch.cat([t, t]), stack(repeat(self.null, len(x)), text))
+        free, told = both.chunk(2)
+        return free, told
+
+    def mix(self, free: Tensor, told: Tensor) -> Tensor:
+        """The guided ehat of two halves."""
+        return free + self.scale * (told - free)
+
+
+def guided(denoise: Denoise, null: Text, scale: float) -> Guided:
     """Classifier-free guidance (arXiv 2207.12598): eps_null + scale (eps_text - eps_null), in one network call.
 
     This is the convention everywhere in splatedit: scale 1 is off, 0 is the null text. Papers that write
     (1 + omega) eps_text - omega eps_null mean scale = 1 + omega. null: one row. The network sees 2b rows, null rows
     first; at scale 1 or 0 only the b rows that count.
     """
-
-    def predict(x: Tensor, t: Tensor, text: Text) -> Tensor:
-        if scale == 1:
-            return denoise(x, t, text)
-        empty = repeat(null, len(x))
-        if scale == 0:
-            return denoise(x, t, empty)
-        both = denoise(torch.cat([x, x]), torch.cat([t, t]), stack(empty, text))
-        free, told = both.chunk(2)
-        return free + scale * (told - free)
-
-    return predict
+    return Guided(denoise, null, scale)
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ word in GUIDANCE; whoever needs more than a Request holds takes it as a keyword 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,8 +14,7 @@ import torch
 from torch import Tensor
 
 from splatedit.diffusion import SMALLEST, Denoise, Draw, Text, stack
-
-REFERENCE_SIZE = 16384  # numbers in a 4x64x64 latent, at which the step of IDS was published
+from splatedit.fpr import FPR, fpr
 
 
 class Request(NamedTuple):
@@ -25,16 +23,10 @@ class Request(NamedTuple):
     target: Text
     source: Text
     z_source: Tensor  # (b, c, h, w) latents of the unedited scene in the same views
+    source_score: Tensor | None = None  # ehat of z_source at the draw under `source`, if known: saves its evaluation
 
 
 Guidance = Callable[..., Tensor]  # (denoise, z, draw, request, **options) -> gradient like z
-
-
-class FPR(NamedTuple):
-    """What fixed-point regularisation leaves behind."""
-
-    noise: Tensor  # (b, c, h, w) the refined noise
-    residuals: Tensor  # (k, b) |z_source - zhat| of each sample: before each step and, from `ids`, after the last
 
 
 def push(z: Tensor, grad: Tensor) -> Tensor:
@@ -82,38 +74,16 @@ def ids(
 
 
 def target_and_source(denoise: Denoise, z: Tensor, draw: Draw, request: Request) -> tuple[Tensor, Tensor]:
-    """ehat of the edited latents under the target text and of the source latents under the source text, in one call."""
+    """ehat of the edited latents under the target text and of the source latents under the source text, in one call.
+
+    Only the first is evaluated where the request knows the second (see `source_cache`).
+    """
+    if request.source_score is not None:
+        return denoise(draw.noised(z), draw.t, request.target), request.source_score
     x = torch.cat([draw.noised(z), draw.noised(request.z_source)])
     both = denoise(x, torch.cat([draw.t, draw.t]), stack(request.target, request.source))
     target, source = both.chunk(2)
     return target, source
-
-
-def fpr(denoise: Denoise, z_source: Tensor, draw: Draw, source: Text, iters: int = 3, lam: float = 1.0) -> FPR:
-    """Fixed-point regularisation of IDS (arXiv 2502.19930): noise from which the network finds the source again.
-
-    Each iteration moves x_t against the gradient of |z_source - zhat(x_t)|, the *unsquared* L2 norm of each sample,
-    taken through the guided network; its length is therefore the same however large the residual is. lam is a length in
-    latent units at 4x64x64 and grows with the square root of the latent's size, which keeps its relative strength.
-    """
-    size = z_source[0].numel()
-    length = lam * math.sqrt(size / REFERENCE_SIZE)
-    # The gradient's seed has entries near 1/sqrt(size), which half precision loses on the way through a network.
-    # A power of two lifts them and, being exact, changes nothing in single precision.
-    boost = 2.0 ** round(math.log2(8 * math.sqrt(size)))
-    a = draw.a.clamp_min(SMALLEST)
-    x, residuals = draw.noised(z_source), []
-    for _ in range(iters):
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            residual = (z_source.detach() - (x - draw.s * denoise(x, draw.t, source)) / a).flatten(1).norm(dim=1)
-            (slope,) = torch.autograd.grad(boost * residual.sum(), x)
-        # An overflow in half precision costs that sample this step, not the run.
-        sound = slope.flatten(1).isfinite().all(1).view(-1, 1, 1, 1)
-        x = (x - torch.where(sound, length / boost * slope, 0)).detach()
-        residuals.append(residual.detach())
-    noise = (x - draw.a * z_source) / draw.s if iters else draw.noise
-    return FPR(noise.detach(), torch.stack(residuals) if residuals else z_source.new_zeros(0, len(z_source)))
 
 
 GUIDANCE: dict[str, Guidance] = {"sds": sds, "dds": dds, "ids": ids}

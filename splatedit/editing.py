@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from splatedit.cameras import RIGS, Cameras, bounds
-from splatedit.diffusion import guided, repeat, sample_draw
+from splatedit.diffusion import guided, repeat
 from splatedit.errors import InputError
 from splatedit.gaussians import Gaussians
 from splatedit.guidance import GUIDANCE, Request
 from splatedit.metrics import psnr
 from splatedit.scenes import Rates, Splats
+from splatedit.timesteps import PUBLISHED, edit_draw
+from splatedit.tuning import Tuning, bind
 
 if TYPE_CHECKING:
     from splatedit.priors import Prior
@@ -69,7 +71,9 @@ def edit(
     up: str | None = None,
     views_per_step: int = 2,
     t_range: tuple[float, float] = (0.05, 0.95),
+    timesteps: str | None = None,
     anneal: float = 0.5,
+    tuning: Tuning = Tuning(),  # noqa: B008  (an immutable named tuple)
     fpr_iters: int = 3,
     fpr_lambda: float = 1.0,
     rates: Rates = Rates(),  # noqa: B008  (an immutable named tuple)
@@ -86,8 +90,9 @@ def edit(
     prompt, source: what the scene shall show and what it shows now; without `source` the prior looks for it (see
     `priors.find_prompt`). model: "pocket", a hub id, a folder, or a Prior. guidance: a key of `guidance.GUIDANCE`;
     guidance_scale: classifier-free guidance, 1 is off, None the prior's default. cameras: a rig by name with `views`
-    cameras, or Cameras of the prior's picture size. t_range: fractions of the noise schedule; anneal: how far its
-    upper end falls by the last step (0 keeps it, 1 brings it down to the lower end). fpr_*: see `guidance.fpr`.
+    cameras, or Cameras of the prior's picture size. t_range: fractions of the noise schedule; timesteps: how they are
+    drawn, a key of `timesteps.TIMESTEPS`, None what the guidance's paper does; anneal: how far the upper end falls by the
+    last step (0 keeps it, 1 brings it down to the lower end). tuning: of single guidances. fpr_*: see `fpr.fpr`.
     rates fall to `final_rate` of themselves; the last `average_last` of the steps are averaged into the result.
     The same arguments give the same splats bit for bit on a CPU. Raises InputError for a mistake in an argument.
     """
@@ -110,7 +115,10 @@ def edit(
     scale = prior.default_scale(guidance) if guidance_scale is None else guidance_scale
     denoise = guided(prior.denoise, prior.null(1), scale)
     target_text, source_text = (repeat(prior.text([p]), views_per_step) for p in (prompt, source))
-    options = {"iters": fpr_iters, "lam": fpr_lambda} if guidance == "ids" else {}
+    options = bind(guidance, prior, generator, tuning)
+    if guidance == "ids":
+        options |= {"iters": fpr_iters, "lam": fpr_lambda}
+    poses = camera_numbers(rig, extent)
     order = view_order(rig.n, steps * views_per_step, generator).view(steps, views_per_step)
 
     for index in range(steps):
@@ -123,10 +131,9 @@ def edit(
             z = prior.encode(pixels)
         history: list = []
         with watch("prior"), torch.no_grad():
-            low, high = t_range
-            high = high - (high - low) * anneal * index / max(steps - 1, 1)
-            draw = sample_draw(prior.alphas_cumprod, z, (low, high), generator)
-            request = Request(target_text, source_text, latents[chosen])
+            at = {"done": index / max(steps - 1, 1), "drawn": index * views_per_step, "anneal": anneal}
+            draw = edit_draw(way, prior.alphas_cumprod, z, t_range, generator, **at)
+            request = Request(target_text, source_text, latents[chosen], camera=poses[chosen])
             if guidance == "ids":
                 options["history"] = history
             gradient = GUIDANCE[guidance](denoise, z.detach(), draw, request, **options)
@@ -147,15 +154,20 @@ def edit(
             gaussians=scene.result(),
             seconds=watch.seconds,
             evaluations=prior.evaluations,
-            residuals=drift(history, latents[chosen]),
+            residuals=drift(history[0].residuals, latents[chosen]) if history else [],
             psnr_to_source=psnr(image.detach(), images[chosen]),
-            state=partial(state, scene, generator, index + 1),
+            state=partial(state, scene, generator, index + 1, options.get("particle")),
         )
 
 
-def state(scene: Splats, generator: torch.Generator, done: int) -> dict[str, Any]:
-    """What a checkpoint holds: steps done, parameters, their running mean, Adam's moments, the generator's state."""
+def state(scene: Splats, generator: torch.Generator, done: int, particle: Any = None) -> dict[str, Any]:
+    """What a checkpoint holds: steps done, parameters, their running mean, Adam's moments, the generator's state.
+
+    particle: the denoiser that vsd trains along, which goes into it with its own optimiser.
+    """
+    learnt = {} if particle is None else {"particle": particle.state_dict()}
     return {
+        **learnt,
         "step": done,
         "parameters": {k: p.detach() for k, p in scene.parameters.items()},
         "mean": scene.mean,
@@ -172,6 +184,13 @@ def resolve_device(device: str) -> str:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device: {device!r} was asked for, but this torch sees no CUDA GPU; use cpu or auto.")
     return device
+
+
+def camera_numbers(cameras: Cameras, extent: Bounds) -> Tensor:
+    """Camera-to-world matrices as rows (n, 16) of numbers near 1: the scene's centre is the origin, its radius the unit."""
+    c2w = torch.linalg.inv(cameras.w2c.double())
+    c2w[:, :3, 3] = (c2w[:, :3, 3] - extent.centre.to(c2w)) / extent.radius
+    return c2w.flatten(1).float()
 
 
 def rig_for(gaussians: Gaussians, cameras: Cameras | str, views: int, size: int, up: str | None) -> Cameras:
@@ -207,9 +226,6 @@ def view_order(count: int, draws: int, generator: torch.Generator) -> Tensor:
     return torch.cat(orders)[:draws]
 
 
-def drift(history: list, z_source: Tensor) -> list[float]:
-    """Posterior-mean drift |z_src - z_0| / |z_src| after each FPR iteration, mean over the step's views."""
-    if not history:
-        return []
-    size = z_source.flatten(1).norm(dim=1)
-    return (history[0].residuals / size).mean(1).tolist()
+def drift(residuals: Tensor, z_source: Tensor) -> list[float]:
+    """Posterior-mean drift |z_src - z_0| / |z_src| from residuals (k, b), mean over the views for which it is known."""
+    return (residuals / z_source.flatten(1).norm(dim=1)).nanmean(1).tolist()

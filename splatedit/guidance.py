@@ -7,11 +7,13 @@ word in GUIDANCE; whoever needs more than a Request holds takes it as a keyword 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from splatedit.diffusion import SMALLEST, Denoise, Draw
-from splatedit.fpr import FPR, fpr
+from splatedit.fpr import FPR, fpr, rows_per_sample
 from splatedit.score import Guidance, Request, push, target_and_source, weighed
 
 __all__ = ["FPR", "GUIDANCE", "Guidance", "Request", "dds", "fpr", "ids", "push", "sds"]
@@ -35,20 +37,31 @@ def ids(
     request: Request,
     iters: int = 3,
     lam: float = 1.0,
+    solver: str = "grad",
     history: list[FPR] | None = None,
     weight: str = "uniform",
+    **options: Any,
 ) -> Tensor:
     """Identity-preserving distillation sampling (arXiv 2502.19930): DDS at the noise that `fpr` found for the source.
 
-    history: a list that receives the FPR, with one residual more than `iters`: the source branch, evaluated again at
-    the refined latents as in the official code, gives the last one for nothing.
+    iters, lam, solver, options: of `fpr`; no iterations are DDS. history: a list that receives the FPR of the step,
+    with the evaluations of the whole step and one residual more than iterations: the source branch, evaluated at the
+    refined latents as in the official code, gives the last one for nothing. Where the request knows the source's score,
+    the draw's noise is taken as refined already.
     """
-    refined = fpr(denoise, request.z_source, draw, request.source, iters, lam)
+    if request.source_score is not None:
+        iters, options = 0, {}
+    refined = fpr(denoise, request.z_source, draw, request.source, iters, lam, solver, **options)
+    if refined.score is not None:
+        request = request._replace(source_score=refined.score)
     draw = draw._replace(noise=refined.noise)
     target, source = target_and_source(denoise, z, draw, request)
     if history is not None:
         last = (draw.s / draw.a.clamp_min(SMALLEST) * (source - draw.noise)).flatten(1).norm(dim=1)
-        history.append(refined._replace(residuals=torch.cat([refined.residuals, last.detach()[None]])))
+        branches = 2 if request.source_score is None else 1
+        spent = refined.evaluations + branches * len(z) * rows_per_sample(denoise)
+        residuals = torch.cat([refined.residuals, last.detach()[None]])
+        history.append(refined._replace(residuals=residuals, evaluations=spent))
     return weighed(target - source, draw, weight)
 
 

@@ -1,5 +1,7 @@
 """The loop, on a prior whose answers are exact: a mixture of two pictures, a red ball and a blue one."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from splatedit.diffusion import MixtureDenoiser
 from splatedit.editing import drift, edit, rig_for, view_order
 from splatedit.errors import InputError
 from splatedit.gaussians import SH_C0
-from splatedit.guidance import FPR, GUIDANCE
+from splatedit.guidance import GUIDANCE
 from splatedit.metrics import change_report
 from splatedit.priors import Prior
 from splatedit.render import render
@@ -182,6 +184,5 @@ def test_rig_by_name_has_the_prior_s_picture_size(red):
 
 def test_drift_is_relative_to_the_latents():
     z = torch.full((2, 1, 2, 2), 3.0)  # norm 6
-    record = FPR(z, torch.tensor([[6.0, 3.0], [3.0, 0.0]]))
-    assert drift([record], z) == pytest.approx([0.75, 0.25])
-    assert drift([], z) == []
+    assert drift(torch.tensor([[6.0, 3.0], [3.0, 0.0]]), z) == pytest.approx([0.75, 0.25])
+    assert drift(torch.tensor([[6.0, math.nan]]), z) == pytest.approx([1.0]), "a view that was not refined"

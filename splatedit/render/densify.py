@@ -77,22 +77,22 @@ def rearrange(
     Raises InputError, before anything is changed, if parameters differ in their number of rows.
     """
     _count(parameters)
-    held = list(_each(optimizers))
+    held, changed = list(_each(optimizers)), fresh.nonzero()[:, 0]
     for name, old in list(parameters.items()):
-        new = old.detach()[source]
+        new = old.detach().index_select(0, source)
         if values is not None and name in values:
-            new[fresh] = values[name].to(new.dtype).reshape(-1, *new.shape[1:])
+            new[changed] = values[name].to(new.dtype).reshape(-1, *new.shape[1:])
         new = torch.nn.Parameter(new) if isinstance(old, torch.nn.Parameter) else new
         new.requires_grad_(old.requires_grad)
         if old.grad is not None:
-            new.grad = _carried(old.grad, source, fresh)
+            new.grad = _carried(old.grad, source, changed)
         for optimizer in held:
-            _replace(optimizer, old, new, source, fresh)
+            _replace(optimizer, old, new, source, changed)
         parameters[name] = new
     return Rows(source, fresh)
 
 
-def _replace(optimizer: Optimizer, old: Tensor, new: Tensor, source: Tensor, fresh: Tensor) -> None:
+def _replace(optimizer: Optimizer, old: Tensor, new: Tensor, source: Tensor, changed: Tensor) -> None:
     """Let the optimiser hold `new` in place of `old`."""
     for group in optimizer.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]
@@ -100,14 +100,12 @@ def _replace(optimizer: Optimizer, old: Tensor, new: Tensor, source: Tensor, fre
         state = optimizer.state.pop(old)
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == old.shape:
-                state[key] = _carried(value, source, fresh)
+                state[key] = _carried(value, source, changed)
         optimizer.state[new] = state
 
 
-def _carried(value: Tensor, source: Tensor, fresh: Tensor) -> Tensor:
-    value = value[source]
-    value[fresh] = 0
-    return value
+def _carried(value: Tensor, source: Tensor, changed: Tensor) -> Tensor:
+    return value.index_select(0, source).index_fill_(0, changed, 0)
 
 
 def duplicate(parameters: Parameters, optimizers: Optimizers, chosen: Tensor) -> Rows:

@@ -85,7 +85,8 @@ def meta(
 
 def rotation(quats: Tensor) -> Tensor:
     """Rotation matrices (..., 3, 3) of quaternions (..., 4), wxyz, of any length but 0."""
-    w, x, y, z = nnf.normalize(quats, dim=-1).unbind(-1)
+    largest = quats.detach().abs().amax(-1, keepdim=True)  # the squares of 1e-25 or 1e25 have no float32
+    w, x, y, z = nnf.normalize(quats / largest, dim=-1).unbind(-1)
     rows = [
         [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
         [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
@@ -130,12 +131,10 @@ def project(
     rows = [[fx / z_safe, zero, -fx * uc / z_safe], [zero, fy / z_safe, -fy * vc / z_safe]]
     jacobian = torch.stack([torch.stack(row, -1) for row in rows], -2)
     b = jacobian @ world_to_camera @ shape
-    covariance = b @ b.mT
-    cxx, cxy, cyy = covariance[..., 0, 0], covariance[..., 0, 1], covariance[..., 1, 1]
-    sharp = cxx * cyy - cxy * cxy
-    cxx, cyy = cxx + eps2d, cyy + eps2d
-    det = cxx * cyy - cxy * cxy
+    det = _ellipse(b.detach(), eps2d)[3]
     drawable = in_front & (det > 0) & (det < 1e38)
+    # what is not drawn must not bring the NaN of infinity minus infinity into the gradients, hence 0 before any square
+    cxx, cxy, cyy, det, sharp = _ellipse(torch.where(drawable[..., None, None], b, 0.0), eps2d)
     det = torch.where(drawable, det, 1.0)
     square = sharp / det
     # gsplat's gradient does not know of this bound, hence detach; 1e-12 keeps the root's gradient finite
@@ -152,6 +151,15 @@ def project(
         seen &= ((means2d + radii > 0) & (means2d - radii < size)).all(-1)
         radii = torch.where(seen[..., None], radii, 0.0).int()
     return radii, means2d, z, conics, compensations
+
+
+def _ellipse(b: Tensor, eps2d: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """xx, xy, yy and determinant of b b^T + eps2d 1, and the determinant of b b^T."""
+    covariance = b @ b.mT
+    xx, xy, yy = covariance[..., 0, 0], covariance[..., 0, 1], covariance[..., 1, 1]
+    sharp = xx * yy - xy * xy
+    xx, yy = xx + eps2d, yy + eps2d
+    return xx, xy, yy, xx * yy - xy * xy, sharp
 
 
 def basis(degree: int, directions: Tensor) -> Tensor:

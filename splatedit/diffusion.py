@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from splatedit.errors import InputError
+
 SMALLEST = 1e-4  # a and s are never divided by when below this; alphas_cumprod below it carries no picture
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 
@@ -84,17 +86,30 @@ def scales(alphas_cumprod: Tensor, t: Tensor, like: Tensor) -> tuple[Tensor, Ten
     return power.sqrt().to(like.dtype), (1 - power).sqrt().to(like.dtype)
 
 
-def sample_draw(alphas_cumprod: Tensor, z: Tensor, t_range: tuple[float, float], generator: torch.Generator) -> Draw:
-    """Draw t for each row of z (b, c, h, w), uniform in `t_range`, and Gaussian noise of z's dtype.
+def step_range(alphas_cumprod: Tensor, t_range: tuple[float, float]) -> tuple[int, int]:
+    """First and last step of `t_range`, fractions of the schedule, both included; raises InputError if outside [0, 1].
 
-    t_range: fractions of the schedule, both ends included. Steps of a zero-terminal-SNR schedule at which nothing is
-    left of the picture are never drawn: a score there says nothing about z, and a division by a = 0 would follow.
+    Steps of a zero-terminal-SNR schedule at which nothing is left of the picture are never in it: a score there says
+    nothing about z, and a division by a = 0 would follow.
     """
+    low, high = t_range
+    if not 0 <= low <= high <= 1:
+        raise InputError(f"t_range: found {[low, high]}, expected fractions of the schedule, 0 <= low <= high <= 1.")
     last = int((alphas_cumprod >= SMALLEST).sum()) - 1
-    low, high = (min(round(f * len(alphas_cumprod)), last) for f in t_range)
-    t = torch.randint(low, high + 1, (len(z),), generator=generator, device=generator.device).to(z.device)
+    return min(round(low * len(alphas_cumprod)), last), min(round(high * len(alphas_cumprod)), last)
+
+
+def with_noise(alphas_cumprod: Tensor, t: Tensor, z: Tensor, generator: torch.Generator) -> Draw:
+    """Steps t (b,) as a Draw for z (b, c, h, w), with Gaussian noise of z's dtype."""
     noise = torch.randn(z.shape, generator=generator, device=generator.device, dtype=z.dtype).to(z.device)
-    return Draw(t, *scales(alphas_cumprod, t, z), noise)
+    return Draw(t.to(z.device), *scales(alphas_cumprod, t, z), noise)
+
+
+def sample_draw(alphas_cumprod: Tensor, z: Tensor, t_range: tuple[float, float], generator: torch.Generator) -> Draw:
+    """Draw t for each row of z (b, c, h, w), uniform in `t_range` (see `step_range`), and Gaussian noise."""
+    low, high = step_range(alphas_cumprod, t_range)
+    t = torch.randint(low, high + 1, (len(z),), generator=generator, device=generator.device).to(z.device)
+    return with_noise(alphas_cumprod, t, z, generator)
 
 
 def to_eps_x0(output: Tensor, x: Tensor, a: Tensor, s: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from splatedit.cameras import RIGS, Cameras, bounds
+from splatedit.cameras import RIGS, Bounds, Cameras, bounds
 from splatedit.diffusion import guided, repeat
 from splatedit.errors import InputError
 from splatedit.gaussians import Gaussians
@@ -91,8 +91,8 @@ def edit(
     `priors.find_prompt`). model: "pocket", a hub id, a folder, or a Prior. guidance: a key of `guidance.GUIDANCE`;
     guidance_scale: classifier-free guidance, 1 is off, None the prior's default. cameras: a rig by name with `views`
     cameras, or Cameras of the prior's picture size. t_range: fractions of the noise schedule; timesteps: how they are
-    drawn, a key of `timesteps.TIMESTEPS`, None what the guidance's paper does; anneal: how far the upper end falls by the
-    last step (0 keeps it, 1 brings it down to the lower end). tuning: of single guidances. fpr_*: see `fpr.fpr`.
+    drawn, a key of `timesteps.TIMESTEPS`, None what the guidance's paper does; anneal: how far the upper end falls by
+    the last step (0 keeps it, 1 brings it down to the lower end). tuning: of single guidances. fpr_*: see `fpr.fpr`.
     rates fall to `final_rate` of themselves; the last `average_last` of the steps are averaged into the result.
     The same arguments give the same splats bit for bit on a CPU. Raises InputError for a mistake in an argument.
     """
@@ -118,7 +118,8 @@ def edit(
     options = bind(guidance, prior, generator, tuning)
     if guidance == "ids":
         options |= {"iters": fpr_iters, "lam": fpr_lambda}
-    poses = camera_numbers(rig, extent)
+    way = timesteps or PUBLISHED.get(guidance, "uniform")
+    poses = camera_numbers(rig, extent).to(place)
     order = view_order(rig.n, steps * views_per_step, generator).view(steps, views_per_step)
 
     for index in range(steps):
@@ -187,8 +188,8 @@ def resolve_device(device: str) -> str:
 
 
 def camera_numbers(cameras: Cameras, extent: Bounds) -> Tensor:
-    """Camera-to-world matrices as rows (n, 16) of numbers near 1: the scene's centre is the origin, its radius the unit."""
-    c2w = torch.linalg.inv(cameras.w2c.double())
+    """Camera-to-world matrices as rows (n, 16), in the scene's own measure: its centre is 0, its radius 1."""
+    c2w = torch.linalg.inv(cameras.w2c.cpu().double())
     c2w[:, :3, 3] = (c2w[:, :3, 3] - extent.centre.to(c2w)) / extent.radius
     return c2w.flatten(1).float()
 

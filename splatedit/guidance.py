@@ -12,11 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from splatedit.contrastive import cds
 from splatedit.diffusion import SMALLEST, Denoise, Draw
 from splatedit.fpr import FPR, fpr, rows_per_sample
+from splatedit.inversion import sdi
+from splatedit.posterior import dreamcatalyst, pds
 from splatedit.score import Guidance, Request, push, target_and_source, weighed
 
-__all__ = ["FPR", "GUIDANCE", "Guidance", "Request", "dds", "fpr", "ids", "push", "sds"]
+__all__ = [
+    "FPR",
+    "GUIDANCE",
+    "Guidance",
+    "Request",
+    "cds",
+    "dds",
+    "dreamcatalyst",
+    "fpr",
+    "ids",
+    "pds",
+    "push",
+    "sdi",
+    "sds",
+]
 
 
 def sds(denoise: Denoise, z: Tensor, draw: Draw, request: Request, weight: str = "sigma2") -> Tensor:
@@ -65,4 +82,12 @@ def ids(
     return weighed(target - source, draw, weight)
 
 
-GUIDANCE: dict[str, Guidance] = {"sds": sds, "dds": dds, "ids": ids}
+GUIDANCE: dict[str, Guidance] = {
+    "sds": sds,
+    "sdi": sdi,
+    "dds": dds,
+    "cds": cds,
+    "pds": pds,
+    "dreamcatalyst": dreamcatalyst,
+    "ids": ids,
+}

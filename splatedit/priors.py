@@ -10,7 +10,7 @@ import difflib
 import re
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from splatedit.diffusion import Text
 
-SCALES = {"ids": 7.5, "dds": 7.5, "sds": 100.0}  # of a full model
-SMALL_SCALES = {"ids": 3.0, "dds": 3.0, "sds": 7.5}  # of a model with a vocabulary, unless its vocabulary.json says
+SCALES = {"sds": 100.0, "pds": 100.0}  # of a full model, where the papers' code does not say 7.5
+SMALL_SCALES = {"sds": 7.5, "pds": 7.5}  # where not 3, of a model with a vocabulary, unless its vocabulary.json says
 
 
 class Prior:
@@ -124,6 +124,12 @@ class Prior:
             return config.scaling_factor, config.get("shift_factor") or 0.0
         mean, std = (like.new_tensor(list(values)).view(1, -1, 1, 1) for values in (mean, std))
         return config.scaling_factor / std, mean
+
+    def self_attention(self) -> AbstractContextManager[list[Tensor]]:
+        """What comes out of self-attention on the network's way up, as a list filled at each call of `denoise`."""
+        from splatedit.attention import self_attention
+
+        return self_attention(self.unet, "up_blocks")
 
     def text(self, prompts: list[str]) -> Text:
         """Embeddings of `prompts`, one row each, float32. The empty prompt is the null text.

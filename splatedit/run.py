@@ -228,9 +228,20 @@ def optimise(job: Job, console: Console) -> Log:
 def options(job: Job) -> dict[str, Any]:
     """The settings that `edit` takes, under its names and in its types."""
     from splatedit.scenes import Rates
+    from splatedit.tuning import Tuning
 
     config = job.config
-    same = ("guidance", "guidance_scale", "steps", "seed", "fpr_iters", "fpr_lambda", "views_per_step", "anneal")
+    same = (
+        "guidance",
+        "guidance_scale",
+        "steps",
+        "seed",
+        "fpr_iters",
+        "fpr_lambda",
+        "views_per_step",
+        "anneal",
+        "timesteps",
+    )
     same += ("final_rate", "average_last", "supersample", "neighbours", "device", "offline")
     name, views = rig(config.cameras)
     return {
@@ -239,6 +250,7 @@ def options(job: Job) -> dict[str, Any]:
         **({} if views is None else {"views": views}),
         "t_range": (config.t_range[0], config.t_range[1]),
         "background": job.background,
+        "tuning": Tuning(**{k: getattr(config, k) for k in Tuning._fields}),
         "rates": Rates(**{k: getattr(config, f"lr_{k}") for k in Rates._fields}),
     }
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from mixtures import Seen
 
 from splatedit.cameras import dome, orbit
 from splatedit.diffusion import MixtureDenoiser
@@ -28,6 +29,8 @@ class ToyPrior(Prior):
         self.vocabulary = tuple(self.names)
         means = torch.stack([self.encode(p).mean(0) for p in pictures.values()])
         self.mixture = MixtureDenoiser(means, floor=0.02)
+        self.network = Seen(self.mixture)
+        self.self_attention = self.network.self_attention
         self.alphas_cumprod = self.mixture.alphas_cumprod.float()
         self.calls = 0
 
@@ -44,7 +47,7 @@ class ToyPrior(Prior):
     def denoise(self, x, t, text):
         self.evaluations += len(x)
         self.calls += 1
-        return self.mixture(x, t, text)
+        return self.network(x, t, text)
 
     def default_scale(self, guidance):
         return 2.0

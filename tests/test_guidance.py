@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from mixtures import F64, SCALE, SHAPE, SIZE, WIDTH, Affine, Modes, draw_at, exact, normal, seeded
+from mixtures import F64, SCALE, SHAPE, SIZE, WIDTH, Affine, Modes, Seen, draw_at, exact, normal, seeded, toy_prior
 from torch import nn
 from torch.autograd.functional import jacobian
 
 from splatedit.diffusion import Draw, MixtureDenoiser, guided, repeat, sample_draw, scaled_linear, scales
 from splatedit.guidance import GUIDANCE, Request, dds, fpr, ids, push, sds
+from splatedit.tuning import bind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -349,7 +350,8 @@ def test_every_guidance_moves_every_scene_to_the_target(name, scene):
     shades = torch.stack([c.view(2, 1, 1).expand(2, 8, 8) * k for c in (RED, BLUE) for k in (0.9, 1.1)])
     mixture = MixtureDenoiser(shades, floor=0.02)
     null, red, blue = (mixture.text(row) for row in ([1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]))
-    denoise, generator, scene = guided(mixture, null, 1.5), seeded(), scene()
+    network, generator, scene = Seen(mixture), seeded(), scene()
+    denoise, options = guided(network, null, 1.5), bind(name, toy_prior(network), generator)
     z_source = scene().detach().clone()
     request = Request(repeat(blue, len(z_source)), repeat(red, len(z_source)), z_source)
     optimizer = torch.optim.Adam(scene.parameters(), lr=0.03)
@@ -357,7 +359,7 @@ def test_every_guidance_moves_every_scene_to_the_target(name, scene):
         z = scene()
         draw = sample_draw(mixture.alphas_cumprod, z, (0.02, 0.98), generator)
         with torch.no_grad():
-            grad = GUIDANCE[name](denoise, z.detach(), draw, request)
+            grad = GUIDANCE[name](denoise, z.detach(), draw, request, **options)
         optimizer.zero_grad()
         push(z, grad).backward()
         optimizer.step()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +34,7 @@ from splatedit.render.constants import ALPHA_MAX, ALPHA_MIN, T_STOP
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+ROOT = Path(__file__).parent.parent
 GEOMETRY = ("means", "quats", "scales", "opacities", "viewmats", "Ks")
 SIZE = ("width", "height")
 
@@ -311,6 +314,20 @@ def test_nothing_to_see(cloud: Gaussians):
         picked = pick(gaussians, rig_)
         assert picked.ids.shape == (3, 32, 40) and (picked.ids == -1).all() and not picked.weight.any()
         assert visibility(gaussians, rig_).sum() == 0
+
+
+def test_the_example_of_the_documentation(monkeypatch: pytest.MonkeyPatch):
+    text = (ROOT / "docs" / "renderer.md").read_text().partition("## Lifting and picking")[2]
+    code = re.search(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert code is not None
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    exec(code[1], names)
+    share, height = names["upper"][:, 0], -names["gaussians"].means[:, 1]  # up is -y
+    assert 0 < names["head"].n < names["gaussians"].n
+    assert height[share > 0.5].mean() > height.mean() > height[share < 0.5].mean()
+    assert (names["picked"].ids[:, 48, 48] >= 0).all()
+    assert (names["hidden"] == names["lifted"].seen).sum() <= 5, "but for an alpha of 1/255"
 
 
 # ---------------------------------------------------------------- the unseen

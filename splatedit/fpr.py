@@ -21,7 +21,9 @@ from splatedit.errors import InputError
 
 REFERENCE_SIZE = 16384  # numbers in a 4x64x64 latent, at which the step of IDS was published
 BACKWARD = 1.15  # cost of a backward pass to the input in forward passes, by the FLOPs of Stable Diffusion's U-Net
-REACH = 0.25  # longest step of the solvers that could overshoot, in units of the noise's own expected length
+# Longest steps of the solvers that could overshoot, in units of the expected length of the noise. Chosen by
+# benchmarks/drift.py: with longer ones Polyak's third step raises the drift at t = 850 again.
+POLYAK_REACH, ANDERSON_REACH = 0.1, 0.25
 
 
 class FPR(NamedTuple):
@@ -105,12 +107,12 @@ def polyak_step(looks: list[Look], frame: Frame) -> Point:
     """The same direction, as far as would halve a linear residual: no lambda to tune.
 
     Polyak's step for a function whose least value, 0, is known; also the least-norm Newton step of residual = 0. Half
-    of it is taken (lambda 2 takes all), at most REACH of the noise's expected length.
+    of it is taken (lambda 2 takes all), at most POLYAK_REACH of the noise's expected length.
     """
     here = looks[-1]
     assert here.slope is not None
     steepness = here.slope.flatten(1).norm(dim=1).clamp_min(1e-12)
-    longest = REACH * frame.span * frame.draw.s.flatten()
+    longest = POLYAK_REACH * frame.span * frame.draw.s.flatten()
     wanted = (0.5 * frame.lam * here.residual / steepness).minimum(longest)
     return frame.at_x(here.point.x - column(wanted / steepness) * here.slope)
 
@@ -125,7 +127,7 @@ def anderson_step(looks: list[Look], frame: Frame) -> Point:
     """Picard's step from the mixture of the last three iterates at which a linear gap ehat - e would be smallest.
 
     Anderson's mixing (doi 10.1145/321296.321305), each sample its own. A sample whose residual has risen forgets its
-    past and takes a plain step; no step is longer than REACH of the noise's expected length.
+    past and takes a plain step; no step is longer than ANDERSON_REACH of the noise's expected length.
     """
     here, past = looks[-1], looks[:-1]
     noise, gap = (part.flatten(1) for part in (here.point.noise, here.ehat - here.point.noise))
@@ -139,7 +141,7 @@ def anderson_step(looks: list[Look], frame: Frame) -> Point:
         share = torch.linalg.solve(square + ridge.view(-1, 1, 1) * eye, gaps.mT @ gap[..., None])
         fell = here.residual <= past[-1].residual
         move = torch.where(fell[:, None], move - ((noises + frame.lam * gaps) @ share)[..., 0], move)
-    move = move * (REACH * frame.span / move.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1)
+    move = move * (ANDERSON_REACH * frame.span / move.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1)
     return frame.at_noise(here.point.noise + move.view_as(here.point.noise))
 
 
@@ -357,7 +359,7 @@ def gap(z: Tensor, x: Tensor, draw: Draw, ehat: Tensor) -> Tensor:
 def moments(noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """rms, kurtosis and lag-1 autocorrelation of each sample of noise (b, c, h, w), each (b,): 1, 3 and 0 if white."""
     centred = noise - noise.mean((1, 2, 3), keepdim=True)
-    variance = centred.square().mean((1, 2, 3)).clamp_min(1e-30)
+    variance = centred.square().mean((1, 2, 3)).clamp_min(1e-12)
     kurtosis = centred.square().square().mean((1, 2, 3)) / variance.square()
     pairs = ((centred[..., 1:] * centred[..., :-1]), (centred[:, :, 1:] * centred[:, :, :-1]))
     pairs = torch.cat([pair.flatten(1) for pair in pairs], 1)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -310,28 +312,35 @@ def test_relocation_of_none():
     assert new.shape == (0,) and scaled.shape == (0, 3)
 
 
+def alpha_of(copies: int, opacity: Tensor, scales: Tensor) -> Tensor:
+    """A picture (65, 65) of `copies` Gaussians at one place, whose centre is that of the pixel in the middle."""
+    means, quats = torch.tensor([[0.0, 0.0, 2.0]]), torch.tensor([[0.9, 0.1, 0.3, 0.2]])
+    K = torch.tensor([[[40.0, 0, 32.5], [0, 40.0, 32.5], [0, 0, 1]]])
+    rows = (t.repeat(copies, *[1] * (t.dim() - 1)) for t in (means, quats, scales, opacity, torch.ones(1, 1)))
+    return rasterization(*rows, torch.eye(4)[None], K, 65, 65, eps2d=0.0)[1][0, :, :, 0]
+
+
 @pytest.mark.parametrize("copies", [2, 3, 5])
 @pytest.mark.parametrize("opacity", [0.3, 0.6, 0.9, 0.99])
 def test_copies_look_as_the_one_did(opacity: float, copies: int):
     """Drawn by the kernels: exact at the centre, along a line up to the cut at 1/255, and nearly everywhere else."""
-
-    def draw(n: int, opacity: Tensor, scales: Tensor) -> Tensor:
-        means, quats = torch.tensor([[0.0, 0.0, 2.0]]), torch.tensor([[0.9, 0.1, 0.3, 0.2]])
-        K = torch.tensor([[[40.0, 0, 32.5], [0, 40.0, 32.5], [0, 0, 1]]])
-        rows = (t.repeat(n, *[1] * (t.dim() - 1)) for t in (means, quats, scales, opacity, torch.ones(1, 1)))
-        return rasterization(*rows, torch.eye(4)[None], K, 65, 65, eps2d=0.0)[1][0, :, :, 0]
-
-    scales = torch.tensor([[0.3, 0.2, 0.25]])
-    one = draw(1, torch.tensor([opacity]), scales)
-    new, smaller = densify.relocation(torch.tensor([opacity]), scales, torch.tensor([copies]))
-    many, naive = draw(copies, new, smaller), draw(copies, new, scales)
-    assert abs(one[32, 32] - opacity) < 1e-6, "the centre of the Gaussian is that of a pixel"
-    assert abs(many[32, 32] - one[32, 32]) < 1e-6
+    old, scales = torch.tensor([opacity]), torch.tensor([[0.3, 0.2, 0.25]])
+    new, smaller = densify.relocation(old, scales, torch.tensor([copies]))
+    one, many, naive = alpha_of(1, old, scales), alpha_of(copies, new, smaller), alpha_of(copies, new, scales)
+    assert abs(one[32, 32] - opacity) < 1e-6 and abs(many[32, 32] - one[32, 32]) < 1e-6
     assert abs(many[32].sum() / one[32].sum() - 1) < 0.025 and abs(many[:, 32].sum() / one[:, 32].sum() - 1) < 0.025
     error, unscaled = (many - one).abs(), (naive - one).abs()
     assert error.max() < 0.13 and error.mean() < 0.01
     if opacity > 0.5:  # of fainter ones the cut at 1/255 takes more than the scales give
         assert error.max() < 0.75 * unscaled.max()
+
+
+@pytest.mark.parametrize(("copies", "lost"), [(5, 1 / 6), (20, 3 / 4)])
+def test_what_the_cut_takes_from_faint_copies_is_what_the_documentation_says(copies: int, lost: float):
+    old, scales = torch.tensor([0.1]), torch.tensor([[0.3, 0.2, 0.25]])
+    new, smaller = densify.relocation(old, scales, torch.tensor([copies]))
+    shown = alpha_of(copies, new, smaller).sum() / alpha_of(1, old, scales).sum()
+    assert shown.item() == pytest.approx(1 - lost, abs=0.01)
 
 
 def test_clone_leaves_the_pixel_as_it_is():
@@ -632,6 +641,26 @@ def test_without_gsplat_mcmc_strategy_says_what_to_do(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "gsplat", None)
     with pytest.raises(InputError, match="pip install gsplat.*relocate, add and jitter"):
         densify.mcmc_strategy()
+
+
+# ---------------------------------------------------------------- the documentation
+
+
+def test_the_examples_of_the_documentation_run(monkeypatch: pytest.MonkeyPatch):
+    root = Path(__file__).parent.parent
+    section = (root / "docs" / "renderer.md").read_text().partition("## Densification\n")[2].partition("\n## ")[0]
+    ours, theirs = re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
+    monkeypatch.chdir(root)  # scenes/cat.ply
+    names: dict[str, Any] = {}
+    exec(compile(ours, "docs/renderer.md", "exec"), names)
+    grown = len(names["parameters"]["means"])
+    assert 300 == names["few"].n < grown == len(names["inside"]) < 360 and names["inside"].sum() > grown / 2
+    for name in ("duplicate", "split", "prune", "clone", "add", "relocate", "jitter", "rearrange", "mcmc_strategy"):
+        assert name in densify.__all__ and f"`{name}" in section or f"densify.{name}" in section, name
+    pytest.importorskip("gsplat")
+    torch.manual_seed(0)
+    exec(compile(theirs, "docs/renderer.md", "exec"), names)
+    assert len(names["parameters"]["means"]) > 600
 
 
 # ---------------------------------------------------------------- on a GPU

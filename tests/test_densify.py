@@ -163,6 +163,24 @@ def test_optimisers_come_as_one_or_as_a_dictionary_or_a_list():
     assert ours["means"].shape == theirs["means"].shape == (25, 3)
 
 
+def test_a_scene_under_edit_goes_on_with_more_rows():
+    """`Splats` of an edit: its dictionary and its one Adam are changed in place, and it draws and steps on."""
+    from splatedit.cameras import orbit
+    from splatedit.files import load
+    from splatedit.scenes import Splats
+
+    gaussians = load(Path(__file__).parent.parent / "scenes" / "cat.ply").select(slice(0, None, 100))
+    scene = Splats(gaussians, orbit(gaussians, 2, size=32), 1.0, neighbours=0, supersample=1)
+    for step in range(3):
+        scene(range(2)).rgb.square().mean().backward()
+        scene.step(0.0, 1.0)
+        if step == 1:
+            rows = densify.split(scene.parameters, scene.optimizer, mask(gaussians.n, 3), generator())
+    assert scene.gaussians.n == len(rows.source) == gaussians.n + len(range(0, gaussians.n, 3))
+    held = {id(p) for group in scene.optimizer.param_groups for p in group["params"]}
+    assert held <= {id(p) for p in scene.parameters.values()}
+
+
 def test_a_gradient_between_backward_and_step_follows():
     parameters, optimizer = trained(6)
     for p in parameters.values():
@@ -236,10 +254,12 @@ def test_an_edit_may_grow_where_it_looks_and_nowhere_else():
     [
         (lambda p: densify.prune(p, [], torch.zeros(4, dtype=torch.bool)), r"a mask \(4,\) .* where \(6,\)"),
         (lambda p: densify.prune(p, [], torch.zeros(6)), "torch.float32 where .* torch.bool"),
+        (lambda p: densify.add(p, [], 1, among=torch.zeros(6, dtype=torch.bool)), "none of 6 Gaussians"),
+        (lambda p: densify.add(p, [], 1, among=torch.ones(4, dtype=torch.bool)), r"a mask \(4,\)"),
         (lambda p: densify.jitter(p, 1.0, chosen=torch.zeros(4, dtype=torch.bool)), r"a mask \(4,\)"),
         (lambda p: densify.split({"means": p["means"]}, [], mask(6, 2)), "no 'quats'"),
         (lambda p: densify.duplicate({**p, "sh0": p["sh0"][:5]}, [], mask(6, 2)), "differ .*'sh0': 5"),
-        (lambda p: densify.relocate(p, [], torch.ones(6, dtype=torch.bool)), "of 6 Gaussians none has opacity left"),
+        (lambda p: densify.relocate(p, [], torch.ones(6, dtype=torch.bool)), "none of 6 Gaussians is alive"),
         (lambda p: densify.screen_gradients({"means2d": torch.zeros(1, 6, 2)}), "retain_grad"),
         (lambda p: densify.screen_gradients({"means2d": torch.zeros(1, 6, 2)}, absgrad=True), "absgrad=True"),
     ],
@@ -407,6 +427,39 @@ def test_added_ones_are_copies_and_none_is_below_the_floor():
         faint["opacities"][:] = -5.0
     densify.add(faint, [], 60, generator(), min_opacity=0.005)
     assert faint["opacities"].detach().sigmoid().min() >= 0.005 * (1 - 1e-6)
+
+
+def test_nothing_to_do_changes_nothing():
+    parameters, optimizer = trained(10)
+    before, nobody = snapshot(parameters, optimizer), torch.zeros(10, dtype=torch.bool)
+    densify.duplicate(parameters, optimizer, nobody)
+    densify.split(parameters, optimizer, nobody)
+    densify.prune(parameters, optimizer, nobody)
+    densify.relocate(parameters, optimizer, nobody)
+    densify.add(parameters, optimizer, -3)
+    after = snapshot(parameters, optimizer)
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    densify.prune(parameters, optimizer, ~nobody)
+    densify.add(parameters, optimizer, 0)
+    densify.relocate(parameters, optimizer, nobody[:0])
+    densify.jitter(parameters, 1.0)
+    assert {k: len(v) for k, v in parameters.items()} == dict.fromkeys(parameters, 0)
+
+
+def test_masks_confine_the_markov_chain_to_an_edit():
+    """What lies outside keeps its bits and its moments: not copied, not dimmed, not shaken."""
+    parameters, optimizer = trained(100)
+    before, inside = snapshot(parameters, optimizer), mask(100, 2)
+    dead = inside & (parameters["opacities"].detach() < -0.5)
+    moved = densify.relocate(parameters, optimizer, dead, generator(1), among=inside)
+    added = densify.add(parameters, optimizer, 30, generator(2), among=inside)
+    inside_now = inside[added.source]
+    densify.jitter(parameters, 50.0, generator(3), chosen=inside_now)
+    after = snapshot(parameters, optimizer)
+    assert dead.sum() > 5 and inside[moved.source][dead].all() and inside_now[100:].all()
+    for key, value in after.items():
+        assert torch.equal(value[~inside_now], before[key][~inside]), key
+    assert (after["means"][:100] != before["means"])[inside].any(), "the others did move"
 
 
 def test_opacities_may_be_a_column():

@@ -199,12 +199,16 @@ def add(
     count: int,
     generator: torch.Generator | None = None,
     *,
+    among: Tensor | None = None,
     min_opacity: float = 0.005,
 ) -> Rows:
-    """Append `count` Gaussians: copies, by `clone`, of rows drawn with their opacity as the probability."""
-    _count(parameters, "scales", "opacities")
-    opacities = parameters["opacities"].detach().flatten().sigmoid()
-    return clone(parameters, optimizers, _draw(opacities, count, generator), min_opacity=min_opacity)
+    """Append `count` Gaussians: copies, by `clone`, of rows drawn with their opacity as the probability.
+
+    count: none are added if it is 0 or less. among: a mask (n,) of those that may be drawn. Raises InputError if none
+    can be.
+    """
+    picks = _draw(_opacities(parameters, among), count, generator)
+    return clone(parameters, optimizers, picks, min_opacity=min_opacity)
 
 
 def relocate(
@@ -213,17 +217,17 @@ def relocate(
     dead: Tensor,
     generator: torch.Generator | None = None,
     *,
+    among: Tensor | None = None,
     min_opacity: float = 0.005,
 ) -> Rows:
     """Move every Gaussian of the mask `dead` (n,) onto a living one, drawn with its opacity as the probability.
 
     It becomes a copy of that one, and all copies together look as that one did; `min_opacity` as in `clone`. The number
-    of rows and the place of each stay. As in the paper's code both ends start with moments of 0; gsplat leaves those of
-    the dead one. Raises InputError if none is alive.
+    of rows and the place of each stay. among: a mask (n,) of those that may be drawn. As in the paper's code both ends
+    start with moments of 0; gsplat leaves those of the dead one. Raises InputError if none can be drawn.
     """
     n = _masked(parameters, dead, "scales", "opacities")
-    opacities = parameters["opacities"].detach().flatten().sigmoid().masked_fill(dead, 0)
-    picks = _draw(opacities, int(dead.sum()), generator)
+    picks = _draw(_opacities(parameters, among) * ~dead, int(dead.sum()), generator)
     source = torch.arange(n, device=dead.device)
     source[dead] = picks
     fresh = dead.clone()
@@ -293,10 +297,10 @@ def _mcmc_class() -> type:
                 dead = params["opacities"].detach().flatten().sigmoid() <= self.min_opacity
                 relocate(params, optimizers, dead, self.generator, min_opacity=self.min_opacity)
                 n = len(params["means"])
-                more = max(0, min(self.cap_max, int(1.05 * n)) - n)
+                more = min(self.cap_max, int(1.05 * n)) - n
                 add(params, optimizers, more, self.generator, min_opacity=self.min_opacity)
                 if self.verbose:
-                    print(f"Step {step}: Relocated {int(dead.sum())} GSs. Added {more} GSs. Now having {n + more} GSs.")
+                    print(f"Step {step}: Relocated {int(dead.sum())} GSs. Now having {len(params['means'])} GSs.")
             last = getattr(self, "noise_injection_stop_iter", -1)  # newer than gsplat 1.5.3
             if last < 0 or step < last:
                 jitter(params, lr * self.noise_lr, self.generator)
@@ -370,12 +374,22 @@ def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
 
 
+def _opacities(parameters: Parameters, among: Tensor | None) -> Tensor:
+    """Opacities (n,) in [0, 1], and 0 outside the mask."""
+    _count(parameters, "scales", "opacities")
+    opacities = parameters["opacities"].detach().flatten().sigmoid()
+    if among is None:
+        return opacities
+    _masked(parameters, among)
+    return opacities * among
+
+
 def _draw(weights: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     """`count` rows, with replacement; torch.multinomial ends at 2^24 rows."""
-    if count and not weights.any():
-        raise InputError(f"densify: of {len(weights)} Gaussians none has opacity left, so there is none to copy.")
+    if count > 0 and not weights.any():
+        raise InputError(f"densify: none of {len(weights)} Gaussians is alive and may be copied, so none can be added.")
     device = weights.device if generator is None else generator.device
-    at = torch.rand(count, generator=generator, device=device, dtype=torch.float64).to(weights.device)
+    at = torch.rand(max(count, 0), generator=generator, device=device, dtype=torch.float64).to(weights.device)
     edges = weights.double().cumsum(0)
     return torch.searchsorted(edges, at * edges[-1:], right=True)
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import subprocess
 import sys
+import textwrap
+import time
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -17,20 +24,19 @@ from torch import Tensor
 from splatedit.cameras import Cameras
 from splatedit.errors import InputError
 from splatedit.gaussians import Gaussians
-from splatedit.render import BACKENDS, rasterization, render
+from splatedit.render import BACKENDS, backends, kernel_cache, rasterization, render
 
 NAN, INF = float("nan"), float("inf")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh process at the root of the repository."""
-    import os
-
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
-    )
+def python(code: str, **environment: str) -> str:
+    """Run code in a fresh process at the root of the repository; its stderr."""
+    command, environment = [sys.executable, "-c", textwrap.dedent(code)], os.environ | environment
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stderr
 
 
 # ---------------------------------------------------------------- what is refused
@@ -254,32 +260,59 @@ def test_the_length_of_a_quaternion_does_not_matter(length: float, backend: str)
 # ---------------------------------------------------------------- which backend
 
 
-def test_importing_costs_nothing():
-    code = (
-        "import sys, splatedit.render; "
-        "found = {'numba', 'llvmlite', 'gsplat', 'diffusers'} & set(sys.modules); "
-        "assert not found, found"
-    )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
-
-
 def test_without_numba_the_twin_steps_in_with_one_warning():
-    code = """
-import sys, warnings
-sys.modules["numba"] = None
-sys.path.insert(0, "tests")
-import torch
-from raster_scenes import cloud
-from splatedit.render import rasterization
-scene = cloud(0, 20)
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    images = [rasterization(**scene)[0] for _ in range(2)]
-messages = [str(w.message) for w in caught]
-assert len(messages) == 1 and "numba" in messages[0] and "slow" in messages[0], messages
-assert torch.equal(images[0], rasterization(**scene, backend="torch")[0])
-"""
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    python("""
+        import sys, warnings
+        sys.modules["numba"] = None
+        sys.path.insert(0, "tests")
+        import torch
+        from raster_scenes import cloud
+        from splatedit.render import rasterization, warm
+        scene = cloud(0, 20)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            images = [rasterization(**scene)[0] for _ in range(2)]
+            warm()
+        messages = [str(w.message) for w in caught]
+        assert len(messages) == 1 and "numba" in messages[0] and "slow" in messages[0], messages
+        assert caught[0].category is RuntimeWarning
+        assert torch.equal(images[0], rasterization(**scene, backend="torch")[0])
+    """)
+
+
+@pytest.fixture
+def kernels_that(monkeypatch: pytest.MonkeyPatch):
+    """A function that has `probe` do as the list says, call by call; the results of former calls are forgotten."""
+
+    def setup(*results: Exception | None) -> None:
+        calls = iter(results)
+
+        def probe() -> None:
+            if (result := next(calls)) is not None:
+                raise result
+
+        monkeypatch.setattr(backends, "_compiled", lambda: SimpleNamespace(probe=probe))
+        monkeypatch.setattr(kernel_cache, "clear", lambda: None)
+
+    backends._can_compile.cache_clear()
+    yield setup
+    backends._can_compile.cache_clear()
+
+
+def test_where_numba_cannot_compile_the_twin_steps_in(kernels_that: Callable[..., None]):
+    kernels_that(OSError("LLVM knows no such processor"), OSError("LLVM knows no such processor"))
+    scene = cloud(0, 20)
+    with pytest.warns(RuntimeWarning, match="plain torch, which is slow: LLVM knows no such"):
+        image = rasterization(**scene)[0]
+    assert torch.equal(image, rasterization(**scene, backend="torch")[0])
+
+
+def test_machine_code_that_cannot_be_read_is_made_again(kernels_that: Callable[..., None]):
+    """A renamed package, a file cut short: not a reason to draw slowly ever after."""
+    kernels_that(ModuleNotFoundError("No module named 'splatedit.raster'"), None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends._can_compile()
 
 
 def test_float64_goes_to_the_twin():
@@ -317,3 +350,130 @@ def test_what_gsplat_gets_is_checked(monkeypatch: pytest.MonkeyPatch, on_cuda: N
     scene["colors"][3, 2, 1] = INF
     with pytest.raises(InputError, match=r"colors \(10, 16, 3\): row 3 has inf at \[2, 1\]"):
         rasterization(**scene)
+
+
+# ---------------------------------------------------------------- the start
+
+
+EVERYTHING = """
+    import sys
+    import torch
+    import splatedit.render
+    heavy = {"numba", "llvmlite", "gsplat", "diffusers", "transformers", "omegaconf", "huggingface_hub"}
+    assert not heavy & set(sys.modules), heavy & set(sys.modules)
+
+    sys.path.insert(0, "tests")
+    from raster_scenes import LEAVES, cloud
+    from splatedit.render import rasterization, warm
+    warm()
+    modules = [m for name, m in sys.modules.items() if name.startswith("splatedit.render.")]
+    kernels = {k: v for m in modules for k, v in vars(m).items() if hasattr(v, "signatures")}
+    before = {k: list(v.signatures) for k, v in kernels.items()}
+    assert len(before) > 5
+
+    def draw(scene, **options):
+        scene = scene | {k: scene[k].clone().requires_grad_() for k in LEAVES if scene[k] is not None}
+        image, alphas, meta = rasterization(**scene, backend="cpu", **options)
+        (image.sum() + alphas.sum()).backward()
+
+    for mode in ("RGB", "D", "ED", "RGB+D", "RGB+ED"):
+        for kind in ("classic", "antialiased"):
+            draw(cloud(0, 5000, views=2), render_mode=mode, rasterize_mode=kind, radius_clip=1, far_plane=1e10)
+    for degree in range(4):
+        draw(cloud(0, 20, sh_degree=degree) | {"backgrounds": None}, absgrad=True, near_plane=1, eps2d=0)
+    for shape in ((20, 1), (2, 20, 3), (20, 9)):
+        draw(cloud(0, 20) | {"colors": torch.rand(20, 1).expand(shape), "sh_degree": None, "backgrounds": None})
+    draw(cloud(0, 0))
+    draw(cloud(0, 1, width=1, height=1), render_mode="ED")
+    after = {k: list(v.signatures) for k, v in kernels.items()}
+    assert after == before, [k for k in after if after[k] != before[k]]
+    assert not {"diffusers", "transformers", "omegaconf"} & set(sys.modules)
+"""
+
+
+def test_nothing_compiles_after_warm_and_nothing_heavy_is_imported():
+    python(EVERYTHING)
+
+
+TINY = """
+    from splatedit.render.kernel_cache import jit
+    from {package} import numbers
+
+    @jit(nogil=True)
+    def twice(x):
+        return numbers.FACTOR * x
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[float, int]]:
+    """A package, imported anew, whose kernel takes a constant from its neighbour: result and hits of the cache."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def run(factor: int, package: str = "small") -> tuple[float, int]:
+        folder = tmp_path / package
+        folder.mkdir(exist_ok=True)
+        (folder / "__init__.py").write_text("")
+        (folder / "numbers.py").write_text(f"FACTOR = {factor}")
+        (folder / "kernels.py").write_text(textwrap.dedent(TINY.format(package=package)))
+        for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+        kernel_cache.digest.cache_clear()
+        twice = importlib.import_module(f"{package}.kernels").twice
+        return twice(10.0), sum(twice.stats.cache_hits.values())
+
+    return run
+
+
+def test_machine_code_is_kept_on_disk_and_follows_every_change(tiny: Callable[..., tuple[float, int]], tmp_path: Path):
+    """numba alone watches the file that holds the function, and would go on with the old factor."""
+    assert tiny(2) == (20.0, 0)
+    assert tiny(2) == (20.0, 1)
+    assert tiny(3) == (30.0, 0)
+    assert tiny(3) == (30.0, 1)
+    assert len(list((tmp_path / "cache").rglob("*.nbc"))) == 1, "what no source stands for any more is removed"
+    kernel_cache.clear()
+    assert tiny(3) == (30.0, 0)
+
+
+def test_machine_code_of_a_package_renamed_is_not_read(tiny: Callable[..., tuple[float, int]], tmp_path: Path):
+    """It holds the old name of the package, under which numba would look for classes in vain."""
+    assert tiny(2, "small") == tiny(2, "renamed") == (20.0, 0)
+    one, other = ({path.name for path in folder.iterdir()} for folder in (tmp_path / "cache").iterdir())
+    assert len(one) == len(other) == 2 and not one & other
+
+
+def test_a_kernel_is_made_from_its_file_and_all_it_imports():
+    folder = Path(backends.__file__).parent
+    found = {path.name for path in kernel_cache.sources(folder / "kernels.py")}
+    assert {"kernels.py", "simd.py", "constants.py"} <= found
+    assert not {"backends.py", "checks.py", "twin.py", "pictures.py"} & found, "an edit there would compile all anew"
+
+
+def test_where_nothing_can_be_written_kernels_compile_all_the_same():
+    namespace: dict[str, Any] = {"jit": kernel_cache.jit, "__name__": "nowhere"}
+    exec(compile("@jit()\ndef thrice(x):\n    return 3 * x\n", "nowhere.py", "exec"), namespace)
+    assert namespace["thrice"](2) == 6
+
+
+def test_compiling_for_long_is_said_once(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(kernel_cache, "PATIENCE", 0.05)
+    progress = kernel_cache._Progress()
+    ours = SimpleNamespace(data={"dispatcher": kernel_cache.jit()(lambda x: x)})
+    ours.data["dispatcher"].py_func.__module__ = "splatedit.render.kernels"
+    quick = SimpleNamespace(data={"dispatcher": SimpleNamespace(py_func=SimpleNamespace(__module__="numpy"))})
+    for event, seconds in ((quick, 0.2), (ours, 0.0)):
+        progress.on_start(event)
+        time.sleep(seconds)
+        progress.on_end(event)
+    assert not capfd.readouterr().err
+    for _ in range(3):
+        progress.on_start(ours)
+        progress.on_start(ours)
+        progress.on_end(ours)
+        time.sleep(0.2)
+        progress.on_end(ours)
+    assert capfd.readouterr().err.count("splatedit: compiling the CPU renderer, once") == 1

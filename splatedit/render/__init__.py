@@ -8,9 +8,11 @@
 `rasterization` is gsplat's call: CUDA tensors go to gsplat, CPU tensors to compiled kernels.
 `render` draws splats as a splat file holds them. `lift` goes the other way, from maps to Gaussians; `pick` and
 `visibility` tell which Gaussian a pixel shows. `backprojection` and `contributions` are these on plain tensors.
+`densify` adds, splits, moves and removes Gaussians between two optimiser steps.
 """
 
-from splatedit.render.backends import BACKENDS, rasterization
+from splatedit.render import densify
+from splatedit.render.backends import BACKENDS, rasterization, warm
 from splatedit.render.lifting import (
     Lifted,
     Picked,
@@ -31,10 +33,12 @@ __all__ = [
     "Rendering",
     "backprojection",
     "contributions",
+    "densify",
     "fill_unseen",
     "lift",
     "pick",
     "rasterization",
     "render",
     "visibility",
+    "warm",
 ]

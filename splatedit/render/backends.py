@@ -14,7 +14,7 @@ from torch import Tensor
 from splatedit.errors import InputError
 from splatedit.render import checks
 
-__all__ = ["BACKENDS", "rasterization"]
+__all__ = ["BACKENDS", "rasterization", "warm"]
 
 
 def rasterization(
@@ -165,7 +165,15 @@ def _compiled() -> ModuleType:
 def _can_compile() -> bool:
     """Whether numba is there and makes vector code for this machine; warns, once, if not."""
     try:
-        _compiled().probe()
+        try:
+            _compiled().probe()
+        except InputError:
+            raise
+        except Exception:  # perhaps machine code on disk that cannot be read: the second time without any
+            from splatedit.render import kernel_cache
+
+            kernel_cache.clear()
+            _compiled().probe()
         return True
     except Exception as error:
         warnings.warn(f"splatedit draws with plain torch, which is slow: {error}", RuntimeWarning, stacklevel=4)
@@ -176,3 +184,35 @@ def _backend(name: str) -> Callable[..., tuple[Tensor, Tensor, dict[str, Any]]]:
     if name not in BACKENDS:
         raise InputError(f"rasterization: backend {name!r} is not one of {', '.join(map(repr, BACKENDS))}.")
     return BACKENDS[name]
+
+
+# ---------------------------------------------------------------- the first time
+
+
+def warm(backward: bool = True) -> None:
+    """Compile the CPU renderer, or load it from disk, so that the first picture comes as fast as the next.
+
+    backward: what gradients need as well. Compiling takes about as long as the line says that it prints on stderr, once
+    on a machine: numba keeps the machine code in __pycache__, NUMBA_CACHE_DIR or the user's cache folder. Does nothing
+    where "auto" draws with plain torch.
+    """
+    if not _can_compile():
+        return
+    n, size = 40, 24  # two whole blocks of Gaussians and a rest, two tiles and a rest
+    means = torch.linspace(-1, 1, 3 * n).reshape(n, 3) + torch.tensor([0.0, 0.0, 4.0])
+    scene: dict[str, Any] = dict(
+        means=means, quats=torch.ones(n, 4), scales=torch.full((n, 3), 0.1), opacities=torch.full((n,), 0.5)
+    )
+    scene |= dict(viewmats=torch.eye(4)[None], backgrounds=torch.zeros(1, 3))
+    colors = {3: torch.zeros(n, 16, 3), None: torch.zeros(n, 5)}  # SH, and features in more than one group of four
+    Ks = torch.tensor([[[size, 0.0, size / 2], [0.0, size, size / 2], [0.0, 0.0, 1.0]]])
+    more = ((3, {"render_mode": "RGB+ED"}), (None, {"backgrounds": None, "absgrad": True}))
+    with torch.inference_mode(False), torch.set_grad_enabled(backward):
+        for degree, options in more:
+            given: dict[str, Any] = {
+                k: v.clone().requires_grad_(backward) for k, v in (scene | {"colors": colors[degree]}).items()
+            }
+            given |= dict(Ks=Ks, width=size, height=size, sh_degree=degree, backend="cpu", **options)
+            image, alphas, _ = rasterization(**given)
+            if backward:
+                (image.sum() + alphas.sum()).backward()

@@ -16,11 +16,11 @@ Names: v_x is the gradient of the loss with respect to x. Sources are places in 
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 import numpy as np
-from numba import njit
 
 from splatedit.render.constants import ALPHA_MIN as _ALPHA_MIN
 from splatedit.render.constants import EXTEND as _EXTEND
 from splatedit.render.constants import T_STOP as _T_STOP
+from splatedit.render.kernel_cache import jit
 from splatedit.render.simd import (
     FAST,
     LANES,
@@ -58,11 +58,9 @@ RECORD = 16
 AHEAD = 6  # records to prefetch ahead
 RADIUS_MAX = F(2**30)  # pixels; a larger float has no int32
 
-# cache=True keeps the machine code in __pycache__ (or NUMBA_CACHE_DIR), keyed by the CPU and the time stamp of this
-# file, not of simd.py and constants.py: delete __pycache__/kernels*.nb* after a change there.
 # error_model="numpy" makes 1 / 0 infinite instead of a test for it.
-kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath=set(FAST))
-inline = njit(nogil=True, cache=True, error_model="numpy", fastmath=set(FAST), forceinline=True)
+kernel = jit(nogil=True, error_model="numpy", fastmath=set(FAST))
+inline = jit(nogil=True, error_model="numpy", fastmath=set(FAST), forceinline=True)
 
 
 # ---------------------------------------------------------------- small algebra: tuples of vectors, matrices by rows

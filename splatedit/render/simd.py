@@ -11,8 +11,6 @@ in kernels are written F(2), float32: a bare 2.0 is float64, converted at every 
 LANES is 16 on every machine: one AVX-512 register, and one 4x4 block of pixels, which the compositing is laid out for.
 LLVM splits it into two AVX or four SSE/NEON registers elsewhere: same numbers, 1.5 to 2.4 times slower there than a
 width of its own would be.
-
-After a change in this file delete `__pycache__/kernels*.nb*`: numba's cache on disk watches kernels.py alone.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOptionalCall=false

@@ -74,8 +74,8 @@ def patch_nce(
             if count > patches:
                 chosen = torch.randperm(count, generator=generator, device=generator.device)[:patches].to(query.device)
                 query, keys = query[:, chosen], keys[:, chosen]
-            logits = query @ keys.mT / temperature
-            same = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+            logits = keys @ query.mT / temperature  # (b, keys, queries): a query chooses among the keys
+            same = torch.arange(logits.shape[2], device=logits.device).expand(len(logits), -1)
             total = total + F.cross_entropy(logits, same, reduction="none").mean(1)
     return total
 

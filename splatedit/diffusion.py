@@ -66,7 +66,10 @@ class Draw(NamedTuple):
     noise: Tensor  # (b, c, h, w)
 
     def noised(self, z: Tensor) -> Tensor:
-        """Clean latents z (b, c, h, w) at this noise level."""
+        """Clean latents z (b, c, h, w) at this noise level; raises InputError for latents of another size."""
+        if z.shape[1:] != self.noise.shape[1:]:
+            found, expected = ("x".join(map(str, part.shape[1:])) for part in (z, self.noise))
+            raise InputError(f"latents: found {found}, expected {expected}; pictures of several sizes go one by one.")
         return self.a * z + self.s * self.noise
 
     def pick(self, rows: Tensor) -> Draw:

@@ -62,12 +62,14 @@ def invert(
         rows = (now < then).nonzero()[:, 0]
         if len(rows) == 0:
             break
-        fresh = torch.randn(z.shape, generator=generator, device=generator.device, dtype=z.dtype).to(z.device)
         (a, s), (a2, s2) = (scales(alphas_cumprod, k[rows], z) for k in (now, then))
         a, a2 = a.clamp_min(SMALLEST), a2.clamp_min(SMALLEST)
         ehat = denoise(x[rows], now[rows], pick(text, rows))
         deviation = s / s2 * (1 - (a2 / a) ** 2).sqrt()
-        climbed = a2 * (x[rows] - s * ehat) / a + s2 * ehat + eta * deviation * fresh[rows]
+        climbed = a2 * (x[rows] - s * ehat) / a + s2 * ehat
+        if eta:
+            fresh = torch.randn(z.shape, generator=generator, device=generator.device, dtype=z.dtype).to(z.device)
+            climbed = climbed + eta * deviation * fresh[rows]
         x = x.index_copy(0, rows, climbed)
     a, s = scales(alphas_cumprod, t, z)
     found = (x - a * z) / s.clamp_min(SMALLEST)

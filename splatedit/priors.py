@@ -52,6 +52,7 @@ class Prior:
     alphas_cumprod: Tensor  # (T,) float32 on `device`, falling; the last may be 0
     vocabulary: tuple[str, ...] | None  # the prompts it was trained on, None if it takes any text
     evaluations: int  # rows sent through the network so far
+    words: dict[str, Any] | None = None  # its vocabulary.json
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class Prior:
         self.pipeline, self.unet, self.vae = pipeline, *(require(pipeline, part, self.name) for part in ("unet", "vae"))
         if getattr(pipeline, "text_encoder_2", None) is None:
             require(pipeline, "text_encoder", self.name)
+        check_dtype(self.device, self.dtype)
         self.words = vocabulary
         self.vocabulary = tuple(vocabulary["prompts"]) if vocabulary else None
         self.alphas_cumprod, self.prediction_type = schedule(pipeline.scheduler, self.name)
@@ -96,9 +98,29 @@ class Prior:
 
     def default_scale(self, guidance: str) -> float:
         """The classifier-free guidance scale that suits this model and a key of `guidance.GUIDANCE`."""
+        if not self.has_null:
+            return 1.0
         if self.words is None:
             return SCALES.get(guidance, 7.5)
         return float({**SMALL_SCALES, **self.words.get("guidance_scale", {})}.get(guidance, 3.0))
+
+    @property
+    def has_null(self) -> bool:
+        """Whether the model knows the empty prompt, which classifier-free guidance leads away from.
+
+        Not if its guidance was distilled into the network (latent consistency models take the scale as an input), or if
+        its vocabulary.json says `"null": false`.
+        """
+        distilled = getattr(getattr(self, "unet", None), "config", {}).get("time_cond_proj_dim") is not None
+        return not distilled and bool((self.words or {}).get("null", True))
+
+    def check_scale(self, scale: float) -> None:
+        """Raise InputError for a guidance scale that this model cannot be asked for."""
+        if scale != 1 and not self.has_null:
+            raise InputError(
+                f"guidance_scale: found {scale}, but {self.name} was trained without an empty prompt to be led away "
+                "from; use 1 (no guidance), or the base model that it was distilled from."
+            )
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures (b, 3, h, w) in [0, 1] -> latents (b, c, h', w') float32, scaled to size 1; differentiable.
@@ -286,7 +308,7 @@ def read_pipeline(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def read_vocabulary(folder: Path) -> dict[str, Any] | None:
-    """vocabulary.json: "prompts", "words", and perhaps "image_size" (pixels) and "guidance_scale" (by guidance)."""
+    """vocabulary.json: "prompts", "words"; perhaps "image_size" (pixels), "guidance_scale" (by guidance), "null"."""
     path = folder / "vocabulary.json"
     if not path.is_file():
         return None
@@ -302,6 +324,22 @@ def default_dtype(device: torch.device) -> torch.dtype:
     import torch
 
     return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise InputError if this torch cannot compute networks of that type on that device.
+
+    Half precision on a CPU means what it means on a GPU, only more slowly than single; older releases cannot do it.
+    """
+    import torch
+
+    if device.type != "cpu" or dtype not in (torch.float16, torch.bfloat16):
+        return
+    try:
+        torch.nn.functional.conv2d(torch.zeros(1, 1, 3, 3, dtype=dtype), torch.zeros(1, 1, 3, 3, dtype=dtype))
+    except RuntimeError as error:
+        found = f"torch {torch.__version__} cannot compute {str(dtype).removeprefix('torch.')} networks on a CPU"
+        raise InputError(f"dtype: {found} ({first_line(error)}); use float32.") from error
 
 
 def require(pipeline: Any, part: str, name: str) -> Any:

@@ -67,10 +67,16 @@ def edit_draw(
     t_range: fractions of the schedule. anneal: how far its upper end has come down once the edit is `done` (1): 0 not
     at all, 1 to the lower end; `annealed` goes all the way down by itself. Raises InputError.
     """
-    if name not in TIMESTEPS:
-        raise InputError(f"timesteps: {name!r} is not known; choose one of {', '.join(TIMESTEPS)}.")
+    check_draws(name, alphas_cumprod, t_range)
     low, high = t_range
     if name != "annealed":
         high = high - (high - low) * anneal * done
     at = Progress(*step_range(alphas_cumprod, (low, high)), done, drawn)
     return with_noise(alphas_cumprod, TIMESTEPS[name](len(z), at, generator), z, generator)
+
+
+def check_draws(name: str, alphas_cumprod: Tensor, t_range: tuple[float, float]) -> None:
+    """Raise InputError for a way to draw that is not known, or a range that the schedule does not have."""
+    if name not in TIMESTEPS:
+        raise InputError(f"timesteps: {name!r} is not known; choose one of {', '.join(TIMESTEPS)}.")
+    step_range(alphas_cumprod, t_range)

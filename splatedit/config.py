@@ -19,11 +19,12 @@ from splatedit.tuning import RANGES
 
 GUIDANCES = ("ids", "dds", "cds", "pds", "dreamcatalyst", "sds", "sdi")  # the keys of guidance.GUIDANCE
 TIMESTEPS = ("uniform", "stratified", "annealed")  # of timesteps.TIMESTEPS
+SOLVERS = ("grad", "grad_polyak", "picard_null", "picard", "anderson")  # the keys of fpr.SOLVERS
 WEIGHTS = ("uniform", "sigma2", "fantasia3d", "x0")  # of score.WEIGHTS
 RIGS = ("orbit", "dome")  # the keys of cameras.RIGS
 UPS = ("+x", "-x", "+y", "-y", "+z", "-z")  # cameras.UPS
 TEXT = ("scene", "prompt", "source_prompt", "guidance", "model", "output_dir", "device", "cameras", "up")
-TEXT += ("weight", "timesteps")
+TEXT += ("weight", "timesteps", "solver")
 
 
 def key(default: Any, help: str) -> Any:
@@ -47,8 +48,13 @@ class Config:
     device: str = key("auto", "auto, cpu, cuda or cuda:N")
     steps: int = key(300, "optimisation steps")
     seed: int = key(0, "seed of all randomness")
+    solver: str = key("grad", "ids: how the noise is refined: " + ", ".join(SOLVERS))
     fpr_iters: int = key(3, "ids: fixed-point iterations of a step")
-    fpr_lambda: float = key(1.0, "ids: step size of these iterations")
+    fpr_lambda: float = key(1.0, "ids: step size of these iterations, in the solver's own unit")
+    fpr_t_range: list[float] = key([0.0, 1.0], "ids: noise levels at which noise is refined, fractions of the schedule")
+    fpr_sphere: bool = key(False, "ids: after each iteration the noise gets back the length it was drawn with")
+    fpr_keep_best: bool = key(False, "ids: a view whose residual rises goes back one iteration and stops")
+    fpr_stop: float = key(0.0, "ids: a view stops once its residual is below this share of the source's latents")
     cameras: str = key("dome", "orbit, dome, or with a number of views: dome:48")
     up: str | None = key(None, "up axis of the scene, +x -x +y -y +z or -z; null: its sidecar says, else guessed")
     views_per_step: int = key(2, "cameras drawn in each step")
@@ -197,6 +203,7 @@ def near(name: str) -> str:
 def check(config: Config) -> None:
     """Raise InputError for a value out of range; what only torch knows (a GPU, say) is checked by the run."""
     choose("guidance", config.guidance, GUIDANCES)
+    choose("solver", config.solver, SOLVERS)
     for name, choices in (("up", UPS), ("weight", WEIGHTS), ("timesteps", TIMESTEPS)):
         if getattr(config, name) is not None:
             choose(name, getattr(config, name), choices)
@@ -224,8 +231,10 @@ def check(config: Config) -> None:
         if getattr(config, name) is not None:
             within(name, getattr(config, name), low, math.inf)
     colour(config.background, "background")
-    if len(config.t_range) != 2 or not 0 <= config.t_range[0] < config.t_range[1] <= 1:
-        raise InputError(f"t_range: found {config.t_range}, expected two numbers, 0 <= low < high <= 1.")
+    for name in ("t_range", "fpr_t_range"):
+        span = getattr(config, name)
+        if len(span) != 2 or not 0 <= span[0] < span[1] <= 1:
+            raise InputError(f"{name}: found {span}, expected two numbers, 0 <= low < high <= 1.")
 
 
 def within(name: str, value: float, low: float, high: float) -> None:

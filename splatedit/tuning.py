@@ -20,6 +20,10 @@ class Tuning(NamedTuple):
     weight: str | None = None  # w(t), a key of score.WEIGHTS; None: what the paper takes. Not of pds, dreamcatalyst
     identity_weight: float = 1.0  # pds, dreamcatalyst: factor on the term that holds the edit at the source
     pds_stride: int = 2  # see posterior.pds_weights
+    fpr_t_range: tuple[float, float] = (0.0, 1.0)  # ids: fractions of the schedule at which noise is refined
+    fpr_sphere: bool = False  # ids: the noise keeps the length it was drawn with
+    fpr_keep_best: bool = False  # ids: an iteration that makes it worse is taken back
+    fpr_stop: float = 0.0  # ids: share of |z_source| below which the residual is small enough
     cds_weight: float = 3.0  # of the contrastive loss
     sdi_steps: int = 10  # of an inversion through the whole schedule
     sdi_scale: float | None = None  # guidance scale of the inversion; None: minus that of the score
@@ -31,6 +35,7 @@ class Tuning(NamedTuple):
 RANGES: dict[str, tuple[float, float]] = {
     "identity_weight": (0.0, math.inf),
     "pds_stride": (1, 100),
+    "fpr_stop": (0.0, math.inf),
     "cds_weight": (0.0, math.inf),
     "sdi_steps": (1, 1000),
     "sdi_eta": (0.0, math.inf),
@@ -55,11 +60,24 @@ def bind(name: str, prior: Prior, generator: torch.Generator, tuning: Tuning = T
     return {**NEEDS[name](prior, generator, tuning), **weight}
 
 
+def refined_steps(fractions: tuple[float, float], steps: int) -> tuple[int, int] | None:
+    """The first and last step that lie in these fractions of a schedule, None for all; raises InputError."""
+    low, high = fractions
+    if not 0 <= low <= high <= 1:
+        raise InputError(f"fpr_t_range: found {list(fractions)}, expected two numbers, 0 <= low <= high <= 1.")
+    return None if (low, high) == (0, 1) else (math.ceil(low * steps), math.floor(high * steps))
+
+
 Needs = Callable[["Prior", "torch.Generator", Tuning], dict[str, Any]]
 NEEDS: dict[str, Needs] = {
     "sds": lambda prior, generator, tuning: {},
     "dds": lambda prior, generator, tuning: {},
-    "ids": lambda prior, generator, tuning: {},
+    "ids": lambda prior, generator, tuning: {
+        "t_range": refined_steps(tuning.fpr_t_range, len(prior.alphas_cumprod)),
+        "sphere": tuning.fpr_sphere,
+        "keep_best": tuning.fpr_keep_best,
+        "stop": tuning.fpr_stop,
+    },
     "cds": lambda prior, generator, tuning: {
         "record": prior.self_attention,
         "generator": generator,

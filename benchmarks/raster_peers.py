@@ -263,7 +263,7 @@ class OpenSplat:
 
     def __call__(self, scene: Scene) -> tuple[Tensor, None]:
         means, view, K = scene["means"], scene["viewmats"][0], scene["Ks"][0]
-        width, height, near, far = scene["width"], scene["height"], 0.001, 1000.0
+        width, height, near, far = scene["width"], scene["height"], 0.5, 10.0  # these only order the depths
         fx, fy, cx, cy = (float(K[i, j]) for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
         projection = torch.diag(torch.tensor([2 * fx / width, 2 * fy / height, (far + near) / (far - near), 0]))
         projection[2, 3], projection[3, 2] = -far * near / (far - near), 1

@@ -328,6 +328,7 @@ def test_backends_are_what_the_documentation_says():
 def on_cuda(monkeypatch: pytest.MonkeyPatch):
     """Tensors say that they are on a GPU."""
     monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.setattr(Tensor, "is_cpu", False)
 
 
 def test_gsplat_is_asked_for_by_name_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, on_cuda: None):
@@ -344,11 +345,21 @@ def test_gsplat_gets_all_arguments(monkeypatch: pytest.MonkeyPatch, on_cuda: Non
     assert (found["eps2d"], found["camera_model"], found["packed"], found["far_plane"]) == (0.1, "fisheye", False, 1e10)
 
 
-def test_what_gsplat_gets_is_checked(monkeypatch: pytest.MonkeyPatch, on_cuda: None):
+@pytest.mark.parametrize(
+    ("name", "place", "value", "message"),
+    [
+        ("colors", (3, 2, 1), INF, r"colors \(10, 16, 3\): row 3 has inf at \[2, 1\]"),
+        ("quats", (9,), 0.0, r"quats \(10, 4\): row 9 is \(0, 0, 0, 0\)"),
+        ("viewmats", (1, 2), 0.0, "camera 1 is singular"),
+    ],
+)
+def test_what_gsplat_gets_is_checked(
+    name: str, place: Any, value: float, message: str, monkeypatch: pytest.MonkeyPatch, on_cuda: None
+):
     monkeypatch.setitem(sys.modules, "gsplat", SimpleNamespace(rasterization=lambda **arguments: arguments))
     scene = cloud(20, 10)
-    scene["colors"][3, 2, 1] = INF
-    with pytest.raises(InputError, match=r"colors \(10, 16, 3\): row 3 has inf at \[2, 1\]"):
+    scene[name][place] = value
+    with pytest.raises(InputError, match=message):
         rasterization(**scene)
 
 

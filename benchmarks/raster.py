@@ -3,9 +3,10 @@
     python benchmarks/raster.py                                  # table and limit, about ten minutes
     python benchmarks/raster.py --rows 10kx256 100kx512          # Gaussians x pixels; 1Mx1920x1080 works too
     python benchmarks/raster.py --peer OLD/splatedit/render/__init__.py     # any file with gsplat's `rasterization`
-    python benchmarks/raster.py --growth --threads --cameras --start --gpu  # other measurements, instead of the table
+    python benchmarks/raster.py --growth --threads --cameras --gpu  # other measurements, instead of table and limit
     python benchmarks/raster.py --all --save benchmarks/results/raster-MACHINE.txt
 
+start.py beside it measures how long a new process takes to its first picture.
 All pictures are RGB and expected depth, SH of degree 3, antialiased, with a background; gradients go to means, quats,
 scales, opacities and colours. Times are medians of repeats in which all participants take turns. CPU time is summed
 over threads: on a machine with other work compare that, and only within one run. Extra memory is the rise of the peak
@@ -30,7 +31,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -382,34 +382,6 @@ def one_by_one(functions: list[Call]) -> Call:
     return lambda: [function() for function in functions]
 
 
-START = """
-import time; start = time.perf_counter()
-from splatedit.render import rasterization; imported = time.perf_counter()
-import sys, torch; sys.path.insert(0, {folder!r}); torch.set_num_threads({threads})
-from raster_peers import ball
-scene = ball(1000, 64, 64); scene["means"].requires_grad_(); ready = time.perf_counter()
-image, _, _ = rasterization(**scene); drawn = time.perf_counter()
-image.sum().backward(); done = time.perf_counter()
-print(imported - start, drawn - ready, done - drawn)
-"""
-
-
-def start(options: argparse.Namespace) -> Iterator[str]:
-    """The first picture of a new process: with numba's cache on disk empty, and with it filled."""
-    code = START.format(folder=str(Path(__file__).parent), threads=options.num_threads)
-    head = ("cache on disk", "import s", "first forward s", "first backward s")
-    yield aligned(head)
-    with tempfile.TemporaryDirectory() as folder:
-        for name, times in (("empty", 1), ("filled", 3)):
-            command = [sys.executable, "-c", code]
-            environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
-            runs = [subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(times)]
-            for done in runs:
-                done.check_returncode()
-            columns = zip(*([float(word) for word in done.stdout.split()] for done in runs), strict=True)
-            yield aligned(head, name, *(f"{statistics.median(column):.2f}" for column in columns))
-
-
 def gpu(options: argparse.Namespace) -> Iterator[str]:
     """What our wrapper adds to gsplat's own call, by CUDA events, in turn."""
     try:
@@ -458,7 +430,6 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
     "growth": growth,
     "threads": threads,
     "cameras": several_cameras,
-    "start": start,
     "gpu": gpu,
 }
 

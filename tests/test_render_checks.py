@@ -24,7 +24,7 @@ from torch import Tensor
 from splatedit.cameras import Cameras
 from splatedit.errors import InputError
 from splatedit.gaussians import Gaussians
-from splatedit.render import BACKENDS, backends, kernel_cache, rasterization, render
+from splatedit.render import BACKENDS, autograd, backends, kernel_cache, rasterization, render
 
 NAN, INF = float("nan"), float("inf")
 
@@ -282,37 +282,46 @@ def test_without_numba_the_twin_steps_in_with_one_warning():
 
 @pytest.fixture
 def kernels_that(monkeypatch: pytest.MonkeyPatch):
-    """A function that has `probe` do as the list says, call by call; the results of former calls are forgotten."""
+    """A function that has the kernels' first runs end as listed; whether kernels run here is asked anew."""
 
     def setup(*results: Exception | None) -> None:
-        calls = iter(results)
+        ends = iter(results)
 
         def probe() -> None:
-            if (result := next(calls)) is not None:
-                raise result
+            if (end := next(ends)) is not None:
+                raise end
 
-        monkeypatch.setattr(backends, "_compiled", lambda: SimpleNamespace(probe=probe))
+        monkeypatch.setattr(autograd, "probe", probe)
         monkeypatch.setattr(kernel_cache, "clear", lambda: None)
 
-    backends._can_compile.cache_clear()
+    caches = (backends._compiled, backends._can_compile)
+    for function in caches:
+        function.cache_clear()
     yield setup
-    backends._can_compile.cache_clear()
+    for function in caches:
+        function.cache_clear()
 
 
 def test_where_numba_cannot_compile_the_twin_steps_in(kernels_that: Callable[..., None]):
-    kernels_that(OSError("LLVM knows no such processor"), OSError("LLVM knows no such processor"))
+    kernels_that(*[OSError("LLVM knows no such processor")] * 4)
     scene = cloud(0, 20)
-    with pytest.warns(RuntimeWarning, match="plain torch, which is slow: LLVM knows no such"):
+    with pytest.warns(RuntimeWarning, match="plain torch, which is slow.*LLVM knows no such processor"):
         image = rasterization(**scene)[0]
     assert torch.equal(image, rasterization(**scene, backend="torch")[0])
+    with pytest.raises(InputError, match='backend "cpu" needs numba.*LLVM knows no such processor'):
+        rasterization(**scene, backend="cpu")
 
 
-def test_machine_code_that_cannot_be_read_is_made_again(kernels_that: Callable[..., None]):
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_machine_code_that_cannot_be_read_is_made_again(kernels_that: Callable[..., None], backend: str):
     """A renamed package, a file cut short: not a reason to draw slowly ever after."""
+    scene = cloud(0, 20)
+    expected = rasterization(**scene, backend="cpu")[0]
     kernels_that(ModuleNotFoundError("No module named 'splatedit.raster'"), None)
+    backends._compiled.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends._can_compile()
+        assert torch.equal(rasterization(**scene, backend=backend)[0], expected)
 
 
 def test_float64_goes_to_the_twin():

@@ -153,9 +153,18 @@ BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor, dict[str, Any]]]] = {
 
 @functools.cache
 def _compiled() -> ModuleType:
-    """The kernels, compiled on their first call. Importing numba takes a while, so it waits until here."""
+    """The kernels, of which some have run. Importing numba takes a while, so it waits until here.
+
+    Raises InputError where numba is missing or makes no vector code for this machine.
+    """
     try:
-        from splatedit.render import autograd
+        from splatedit.render import autograd, kernel_cache
+
+        try:
+            autograd.probe()
+        except Exception:  # perhaps machine code on disk that cannot be read: the second time without any
+            kernel_cache.clear()
+            autograd.probe()
     except Exception as error:  # a broken numba raises more than ImportError
         raise InputError(f'rasterization: backend "cpu" needs numba, which cannot be used here ({error}).') from error
     return autograd
@@ -163,19 +172,11 @@ def _compiled() -> ModuleType:
 
 @functools.cache
 def _can_compile() -> bool:
-    """Whether numba is there and makes vector code for this machine; warns, once, if not."""
+    """Whether the kernels run here; warns, once, if not."""
     try:
-        try:
-            _compiled().probe()
-        except InputError:
-            raise
-        except Exception:  # perhaps machine code on disk that cannot be read: the second time without any
-            from splatedit.render import kernel_cache
-
-            kernel_cache.clear()
-            _compiled().probe()
+        _compiled()
         return True
-    except Exception as error:
+    except InputError as error:
         warnings.warn(f"splatedit draws with plain torch, which is slow: {error}", RuntimeWarning, stacklevel=4)
         return False
 

@@ -18,6 +18,7 @@ from splatedit.fpr import FPR, fpr, rows_per_sample
 from splatedit.inversion import sdi
 from splatedit.posterior import dreamcatalyst, pds
 from splatedit.score import Guidance, Request, push, target_and_source, weighed
+from splatedit.variational import vsd
 
 __all__ = [
     "FPR",
@@ -33,6 +34,7 @@ __all__ = [
     "push",
     "sdi",
     "sds",
+    "vsd",
 ]
 
 
@@ -84,6 +86,7 @@ def ids(
 
 GUIDANCE: dict[str, Guidance] = {
     "sds": sds,
+    "vsd": vsd,
     "sdi": sdi,
     "dds": dds,
     "cds": cds,

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from splatedit.diffusion import Text
+    from splatedit.variational import Particle
 
 SCALES = {"sds": 100.0, "pds": 100.0}  # of a full model, where the papers' code does not say 7.5
 SMALL_SCALES = {"sds": 7.5, "pds": 7.5}  # where not 3, of a model with a vocabulary, unless its vocabulary.json says
@@ -213,10 +214,17 @@ class Prior:
         if found > longest:
             raise InputError(f"prompt {prompt!r}: {found} tokens long, {self.name} reads {longest}; shorten it.")
 
-    def denoise(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+    def particle(self, generator: torch.Generator, rank: int, rate: float) -> Particle:
+        """A second denoiser that learns what renders look like, for vsd; see `variational.LoraDenoiser`."""
+        from splatedit.variational import LoraDenoiser
+
+        return LoraDenoiser(self, generator, rank, rate)
+
+    def denoise(self, x: Tensor, t: Tensor, text: Text, unet: Any = None, class_labels: Tensor | None = None) -> Tensor:
         """Predicted noise ehat (b, c, h, w) in x's dtype, of noised latents x at steps t (b,), one row of text each.
 
-        One network call, whatever the pipeline's scheduler: x = a z + s noise with a^2 = alphas_cumprod[t].
+        One network call, whatever the pipeline's scheduler: x = a z + s noise with a^2 = alphas_cumprod[t]. unet:
+        another network of the same kind, with labels for the rows if it takes them.
         """
         from splatedit.diffusion import scales, to_eps_x0
 
@@ -225,9 +233,10 @@ class Prior:
         more = None
         if text.pooled is not None and text.ids is not None:
             more = {"text_embeds": text.pooled.to(self.dtype), "time_ids": text.ids.to(self.dtype)}
-        output = self.unet(
+        output = (self.unet if unet is None else unet)(
             x.to(self.dtype),
             t,
+            class_labels=class_labels,
             encoder_hidden_states=text.embeds.to(self.dtype),
             added_cond_kwargs=more,
             return_dict=False,

@@ -92,6 +92,10 @@ NEEDS: dict[str, Needs] = {
         "alphas_cumprod": prior.alphas_cumprod,
         "identity": tuning.identity_weight,
     },
+    "vsd": lambda prior, generator, tuning: {
+        "particle": prior.particle(generator, tuning.vsd_rank, tuning.vsd_rate),
+        "generator": generator,
+    },
     "sdi": lambda prior, generator, tuning: {
         "alphas_cumprod": prior.alphas_cumprod,
         "generator": generator,

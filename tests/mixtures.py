@@ -88,4 +88,26 @@ class Seen:
 
 def toy_prior(seen):
     """As much of a Prior as `tuning.bind` asks for, around a Seen MixtureDenoiser."""
-    return SimpleNamespace(alphas_cumprod=seen.network.alphas_cumprod, self_attention=seen.self_attention)
+    table = seen.network.alphas_cumprod
+    return SimpleNamespace(
+        alphas_cumprod=table, self_attention=seen.self_attention, particle=lambda *_: OneGaussian(table, 0.02)
+    )
+
+
+class OneGaussian:
+    """A particle of vsd that learns at once: the renders are one Gaussian around the last of them."""
+
+    def __init__(self, alphas_cumprod, variance):
+        self.alphas_cumprod, self.variance, self.mean = alphas_cumprod, variance, None
+
+    def __call__(self, x, t, text, camera):
+        a, s = scales(self.alphas_cumprod, t, x)
+        mean = x / a if self.mean is None else self.mean
+        return s * (x - a * mean) / (a**2 * self.variance + s**2)
+
+    def learn(self, z, text, camera, generator):
+        self.mean = z
+        return 0.0
+
+    def state_dict(self):
+        return {"mean": self.mean}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from mixtures import Seen
+from mixtures import OneGaussian, Seen
 
 from splatedit.cameras import dome, orbit
 from splatedit.diffusion import MixtureDenoiser
@@ -33,6 +33,7 @@ class ToyPrior(Prior):
         self.mixture = MixtureDenoiser(means, floor=0.02)
         self.network = Seen(self.mixture)
         self.self_attention = self.network.self_attention
+        self.particle = lambda *_: OneGaussian(self.mixture.alphas_cumprod, 0.02)
         self.alphas_cumprod = self.mixture.alphas_cumprod.float()
         self.calls = 0
 

@@ -32,7 +32,9 @@ def gradient(name, prior):
 def test_gradients_are_single_precision_and_nearly_those_of_single_networks(name, pipeline, dtype):
     exact, found = (gradient(name, Prior(pipeline(), dtype=d)) for d in (torch.float32, dtype))
     assert found.dtype == torch.float32 and found.isfinite().all()
-    assert (found - exact).norm() < 10 * torch.finfo(dtype).eps * exact.norm()
+    # vsd begins as the difference of two nearly equal scores, and is as precise as they are.
+    size = (gradient("sds", Prior(pipeline())) if name == "vsd" else exact).norm()
+    assert (found - exact).norm() < 10 * torch.finfo(dtype).eps * size
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -77,9 +79,7 @@ def test_latents_of_two_sizes_are_an_error(name):
     draw = sample_draw(prior.alphas_cumprod, z, (0.2, 0.6), seeded())
     request = Request(prior.text(["a pig"]), prior.text(["a cat"]), other)
     options = bind(name, prior, seeded())
-    with pytest.raises(
-        InputError, match="latents: found 4x8x16, expected 4x8x8; pictures of several sizes"
-    ):
+    with pytest.raises(InputError, match="latents: found 4x8x16, expected 4x8x8; pictures of several sizes"):
         GUIDANCE[name](guided(prior.denoise, prior.null(), 3.0), z, draw, request, **options)
 
 

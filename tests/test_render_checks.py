@@ -61,6 +61,7 @@ def rolled(view: int, **entries: float) -> Tensor:
         ({"distributed": True}, "distributed=True"),
         ({"camera_model": "fisheye"}, "camera_model='fisheye'"),
         ({"with_ut": True}, "with_ut=True"),
+        ({"covars": torch.zeros(10, 6)}, "covars=a tensor"),
         ({"backend": "cuda"}, "'auto', 'cpu', 'torch', 'gsplat'"),
         ({"backend": "gsplat"}, "CUDA"),
         ({"render_mode": "rgb"}, r"'RGB\+ED'"),

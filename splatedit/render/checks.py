@@ -73,8 +73,9 @@ def refuse(given: dict[str, Any], backend: str) -> None:
     for name, neutral in GSPLAT_ONLY.items():
         value = given.get(name, neutral)
         if value is not neutral and value != neutral and getattr(value, "name", None) != "GLOBAL":
+            found = "a tensor" if isinstance(value, Tensor) else repr(value)
             raise _mistake(
-                f'{name}={value!r} is something only backend "gsplat" can do; '
+                f'{name}={found} is something only backend "gsplat" can do; '
                 f'leave it out, or {neutral!r}, for backend "{backend}".'
             )
     if given["tile_size"] != TILE:

@@ -15,11 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from splatedit.errors import InputError
+from splatedit.tuning import RANGES
 
-GUIDANCES = ("ids", "dds", "sds")  # the keys of guidance.GUIDANCE
+GUIDANCES = ("ids", "dds", "cds", "pds", "dreamcatalyst", "sds", "sdi")  # the keys of guidance.GUIDANCE
+TIMESTEPS = ("uniform", "stratified", "annealed")  # of timesteps.TIMESTEPS
+SOLVERS = ("grad", "grad_polyak", "picard_null", "picard", "anderson")  # the keys of fpr.SOLVERS
+WEIGHTS = ("uniform", "sigma2", "fantasia3d", "x0")  # of score.WEIGHTS
 RIGS = ("orbit", "dome")  # the keys of cameras.RIGS
 UPS = ("+x", "-x", "+y", "-y", "+z", "-z")  # cameras.UPS
 TEXT = ("scene", "prompt", "source_prompt", "guidance", "model", "output_dir", "device", "cameras", "up")
+TEXT += ("weight", "timesteps", "solver")
 
 
 def key(default: Any, help: str) -> Any:
@@ -36,20 +41,37 @@ class Config:
     scene: str = key("", "splat file to edit (.ply); it is only read")
     prompt: str = key("", "what the scene shall show")
     source_prompt: str | None = key(None, "what the scene shows now; else its sidecar says, else the model finds it")
-    guidance: str = key("ids", "ids, dds or sds")
+    guidance: str = key("ids", ", ".join(GUIDANCES))
     guidance_scale: float | None = key(None, "classifier-free guidance, 1 is off; null: what suits model and guidance")
     model: str = key("pocket", "pocket (bundled), a Stable Diffusion hub id, or a diffusers folder")
     offline: bool = key(False, "never ask the hub; use what is in the cache")
     device: str = key("auto", "auto, cpu, cuda or cuda:N")
     steps: int = key(300, "optimisation steps")
     seed: int = key(0, "seed of all randomness")
+    solver: str = key("grad", "ids: how the noise is refined: " + ", ".join(SOLVERS))
     fpr_iters: int = key(3, "ids: fixed-point iterations of a step")
-    fpr_lambda: float = key(1.0, "ids: step size of these iterations")
+    fpr_lambda: float = key(1.0, "ids: step size of these iterations, in the solver's own unit")
+    fpr_t_range: list[float] = key([0.0, 1.0], "ids: noise levels at which noise is refined, fractions of the schedule")
+    fpr_sphere: bool = key(False, "ids: after each iteration the noise gets back the length it was drawn with")
+    fpr_keep_best: bool = key(False, "ids: a view whose residual rises goes back one iteration and stops")
+    fpr_stop: float = key(0.0, "ids: a view stops once its residual is below this share of the source's latents")
     cameras: str = key("dome", "orbit, dome, or with a number of views: dome:48")
     up: str | None = key(None, "up axis of the scene, +x -x +y -y +z or -z; null: its sidecar says, else guessed")
     views_per_step: int = key(2, "cameras drawn in each step")
     t_range: list[float] = key([0.05, 0.95], "noise levels drawn from, fractions of the schedule")
+    timesteps: str | None = key(
+        None, "uniform, stratified or annealed: how they are drawn; null: what the guidance takes"
+    )
     anneal: float = key(0.5, "how far the upper noise level falls by the last step: 0 not, 1 to the lower one")
+    weight: str | None = key(None, "w(t): uniform, sigma2, fantasia3d or x0; null: what the guidance's paper takes")
+    identity_weight: float = key(1.0, "pds, dreamcatalyst: factor on what holds the edit at the source")
+    pds_stride: int = key(2, "pds: 2 is the official code, 1 is weighted dds, more holds the source harder")
+    cds_weight: float = key(3.0, "cds: weight of the contrastive loss")
+    sdi_steps: int = key(10, "sdi: steps of an inversion through the whole schedule")
+    sdi_scale: float | None = key(None, "sdi: guidance scale of the inversion; null: minus guidance_scale")
+    sdi_eta: float = key(0.3, "sdi: fresh noise in the inversion")
+    vsd_rank: int = key(4, "vsd: rank of the LoRA that learns the renders")
+    vsd_rate: float = key(1e-4, "vsd: its learning rate")
     lr_means: float = key(1.5e-3, "learning rate of positions, in scene radii; 0 freezes them (so for each lr_*)")
     lr_quats: float = key(1e-3, "learning rate of rotations")
     lr_scales: float = key(3e-3, "learning rate of log sizes")
@@ -181,8 +203,10 @@ def near(name: str) -> str:
 def check(config: Config) -> None:
     """Raise InputError for a value out of range; what only torch knows (a GPU, say) is checked by the run."""
     choose("guidance", config.guidance, GUIDANCES)
-    if config.up is not None:
-        choose("up", config.up, UPS)
+    choose("solver", config.solver, SOLVERS)
+    for name, choices in (("up", UPS), ("weight", WEIGHTS), ("timesteps", TIMESTEPS)):
+        if getattr(config, name) is not None:
+            choose(name, getattr(config, name), choices)
     rig(config.cameras)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
         raise InputError(f"device: {config.device!r} is not known; choose auto, cpu, cuda or cuda:N.")
@@ -197,16 +221,20 @@ def check(config: Config) -> None:
         ("average_last", 0.0, 1.0),
         ("supersample", 1, 8),
         ("neighbours", 0, math.inf),
+        *((k, *span) for k, span in RANGES.items()),
         *((f"lr_{k}", 0.0, math.inf) for k in ("means", "quats", "scales", "opacities", "sh0", "shN")),
     ):
         within(name, getattr(config, name), low, high)
     if config.final_rate == 0:
         raise InputError("final_rate: found 0, expected more than 0 and at most 1.")
-    if config.guidance_scale is not None:
-        within("guidance_scale", config.guidance_scale, 0.0, math.inf)
+    for name, low in (("guidance_scale", 0.0), ("sdi_scale", -math.inf)):
+        if getattr(config, name) is not None:
+            within(name, getattr(config, name), low, math.inf)
     colour(config.background, "background")
-    if len(config.t_range) != 2 or not 0 <= config.t_range[0] < config.t_range[1] <= 1:
-        raise InputError(f"t_range: found {config.t_range}, expected two numbers, 0 <= low < high <= 1.")
+    for name in ("t_range", "fpr_t_range"):
+        span = getattr(config, name)
+        if len(span) != 2 or not 0 <= span[0] < span[1] <= 1:
+            raise InputError(f"{name}: found {span}, expected two numbers, 0 <= low < high <= 1.")
 
 
 def within(name: str, value: float, low: float, high: float) -> None:

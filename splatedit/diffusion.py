@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from splatedit.errors import InputError
+
 SMALLEST = 1e-4  # a and s are never divided by when below this; alphas_cumprod below it carries no picture
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 
@@ -48,6 +50,13 @@ def repeat(text: Text, b: int) -> Text:
     return Text(embeds, pooled, ids)
 
 
+def pick(text: Text, rows: Tensor) -> Text:
+    """The given rows (indices) of a text."""
+    embeds, pooled, ids = (None if part is None else part[rows] for part in text)
+    assert embeds is not None
+    return Text(embeds, pooled, ids)
+
+
 class Draw(NamedTuple):
     """One random draw of noise level and noise, shared by every branch of a score."""
 
@@ -57,8 +66,15 @@ class Draw(NamedTuple):
     noise: Tensor  # (b, c, h, w)
 
     def noised(self, z: Tensor) -> Tensor:
-        """Clean latents z (b, c, h, w) at this noise level."""
+        """Clean latents z (b, c, h, w) at this noise level; raises InputError for latents of another size."""
+        if z.shape[1:] != self.noise.shape[1:]:
+            found, expected = ("x".join(map(str, part.shape[1:])) for part in (z, self.noise))
+            raise InputError(f"latents: found {found}, expected {expected}; pictures of several sizes go one by one.")
         return self.a * z + self.s * self.noise
+
+    def pick(self, rows: Tensor) -> Draw:
+        """The given rows (indices) of the draw."""
+        return Draw(*(part[rows] for part in self))
 
 
 def scaled_linear(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tensor:
@@ -73,17 +89,30 @@ def scales(alphas_cumprod: Tensor, t: Tensor, like: Tensor) -> tuple[Tensor, Ten
     return power.sqrt().to(like.dtype), (1 - power).sqrt().to(like.dtype)
 
 
-def sample_draw(alphas_cumprod: Tensor, z: Tensor, t_range: tuple[float, float], generator: torch.Generator) -> Draw:
-    """Draw t for each row of z (b, c, h, w), uniform in `t_range`, and Gaussian noise of z's dtype.
+def step_range(alphas_cumprod: Tensor, t_range: tuple[float, float]) -> tuple[int, int]:
+    """First and last step of `t_range`, fractions of the schedule, both included; raises InputError if outside [0, 1].
 
-    t_range: fractions of the schedule, both ends included. Steps of a zero-terminal-SNR schedule at which nothing is
-    left of the picture are never drawn: a score there says nothing about z, and a division by a = 0 would follow.
+    Steps of a zero-terminal-SNR schedule at which nothing is left of the picture are never in it: a score there says
+    nothing about z, and a division by a = 0 would follow.
     """
+    low, high = t_range
+    if not 0 <= low <= high <= 1:
+        raise InputError(f"t_range: found {[low, high]}, expected fractions of the schedule, 0 <= low <= high <= 1.")
     last = int((alphas_cumprod >= SMALLEST).sum()) - 1
-    low, high = (min(round(f * len(alphas_cumprod)), last) for f in t_range)
-    t = torch.randint(low, high + 1, (len(z),), generator=generator, device=generator.device).to(z.device)
+    return min(round(low * len(alphas_cumprod)), last), min(round(high * len(alphas_cumprod)), last)
+
+
+def with_noise(alphas_cumprod: Tensor, t: Tensor, z: Tensor, generator: torch.Generator) -> Draw:
+    """Steps t (b,) as a Draw for z (b, c, h, w), with Gaussian noise of z's dtype."""
     noise = torch.randn(z.shape, generator=generator, device=generator.device, dtype=z.dtype).to(z.device)
-    return Draw(t, *scales(alphas_cumprod, t, z), noise)
+    return Draw(t.to(z.device), *scales(alphas_cumprod, t, z), noise)
+
+
+def sample_draw(alphas_cumprod: Tensor, z: Tensor, t_range: tuple[float, float], generator: torch.Generator) -> Draw:
+    """Draw t for each row of z (b, c, h, w), uniform in `t_range` (see `step_range`), and Gaussian noise."""
+    low, high = step_range(alphas_cumprod, t_range)
+    t = torch.randint(low, high + 1, (len(z),), generator=generator, device=generator.device).to(z.device)
+    return with_noise(alphas_cumprod, t, z, generator)
 
 
 def to_eps_x0(output: Tensor, x: Tensor, a: Tensor, s: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
@@ -103,25 +132,48 @@ def to_eps_x0(output: Tensor, x: Tensor, a: Tensor, s: Tensor, prediction_type: 
     raise ValueError(f"prediction_type: found {prediction_type!r}, expected one of {', '.join(PREDICTIONS)}.")
 
 
-def guided(denoise: Denoise, null: Text, scale: float) -> Denoise:
+class Guided(NamedTuple):
+    """A network under classifier-free guidance, and the unguided halves that some methods ask for. It is a Denoise."""
+
+    network: Denoise
+    null: Text  # one row
+    scale: float
+
+    @property
+    def rows(self) -> int:
+        """Rows that the network sees for each row of x_t."""
+        return 1 if self.scale in (0, 1) else 2
+
+    def __call__(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+        if self.scale == 1:
+            return self.network(x, t, text)
+        if self.scale == 0:
+            return self.unconditional(x, t)
+        return self.mix(*self.halves(x, t, text))
+
+    def unconditional(self, x: Tensor, t: Tensor) -> Tensor:
+        """ehat under the null text alone: one row of the network for each row of x."""
+        return self.network(x, t, repeat(self.null, len(x)))
+
+    def halves(self, x: Tensor, t: Tensor, text: Text) -> tuple[Tensor, Tensor]:
+        """ehat under the null text and under `text`, in one network call of 2b rows, null rows first."""
+        both = self.network(torch.cat([x, x]), torch.cat([t, t]), stack(repeat(self.null, len(x)), text))
+        free, told = both.chunk(2)
+        return free, told
+
+    def mix(self, free: Tensor, told: Tensor) -> Tensor:
+        """The guided ehat of two halves."""
+        return free + self.scale * (told - free)
+
+
+def guided(denoise: Denoise, null: Text, scale: float) -> Guided:
     """Classifier-free guidance (arXiv 2207.12598): eps_null + scale (eps_text - eps_null), in one network call.
 
     This is the convention everywhere in splatedit: scale 1 is off, 0 is the null text. Papers that write
     (1 + omega) eps_text - omega eps_null mean scale = 1 + omega. null: one row. The network sees 2b rows, null rows
     first; at scale 1 or 0 only the b rows that count.
     """
-
-    def predict(x: Tensor, t: Tensor, text: Text) -> Tensor:
-        if scale == 1:
-            return denoise(x, t, text)
-        empty = repeat(null, len(x))
-        if scale == 0:
-            return denoise(x, t, empty)
-        both = denoise(torch.cat([x, x]), torch.cat([t, t]), stack(empty, text))
-        free, told = both.chunk(2)
-        return free + scale * (told - free)
-
-    return predict
+    return Guided(denoise, null, scale)
 
 
 @torch.no_grad()

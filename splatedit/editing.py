@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from splatedit.cameras import RIGS, Cameras, bounds
-from splatedit.diffusion import guided, repeat, sample_draw
+from splatedit.cameras import RIGS, Bounds, Cameras, bounds
+from splatedit.diffusion import guided, repeat
 from splatedit.errors import InputError
+from splatedit.fpr import FPR, SOLVERS
 from splatedit.gaussians import Gaussians
 from splatedit.guidance import GUIDANCE, Request
 from splatedit.metrics import psnr
 from splatedit.scenes import Rates, Splats
+from splatedit.timesteps import PUBLISHED, check_draws, edit_draw
+from splatedit.tuning import Tuning, bind
 
 if TYPE_CHECKING:
     from splatedit.priors import Prior
@@ -36,6 +39,8 @@ class Step(NamedTuple):
     residuals: list[float]  # posterior-mean drift |z_src - z_0| / |z_src| after each FPR iteration; empty but for ids
     psnr_to_source: float  # dB, of this step's renders
     state: Callable[[], dict[str, Any]]  # everything that decides the next step; call it before taking that step
+    fpr: FPR | None = None  # what fixed-point regularisation did in this step; None but for ids
+    backwards: int = 0  # network rows through which gradients were sent back so far
 
 
 class Stopwatch:
@@ -69,7 +74,10 @@ def edit(
     up: str | None = None,
     views_per_step: int = 2,
     t_range: tuple[float, float] = (0.05, 0.95),
+    timesteps: str | None = None,
     anneal: float = 0.5,
+    tuning: Tuning = Tuning(),  # noqa: B008  (an immutable named tuple)
+    solver: str = "grad",
     fpr_iters: int = 3,
     fpr_lambda: float = 1.0,
     rates: Rates = Rates(),  # noqa: B008  (an immutable named tuple)
@@ -86,8 +94,10 @@ def edit(
     prompt, source: what the scene shall show and what it shows now; without `source` the prior looks for it (see
     `priors.find_prompt`). model: "pocket", a hub id, a folder, or a Prior. guidance: a key of `guidance.GUIDANCE`;
     guidance_scale: classifier-free guidance, 1 is off, None the prior's default. cameras: a rig by name with `views`
-    cameras, or Cameras of the prior's picture size. t_range: fractions of the noise schedule; anneal: how far its
-    upper end falls by the last step (0 keeps it, 1 brings it down to the lower end). fpr_*: see `guidance.fpr`.
+    cameras, or Cameras of the prior's picture size. t_range: fractions of the noise schedule; timesteps: how they are
+    drawn, a key of `timesteps.TIMESTEPS`, None what the guidance's paper does; anneal: how far the upper end falls by
+    the last step (0 keeps it, 1 brings it down to the lower end). tuning: of single guidances. solver, a
+    key of `fpr.SOLVERS`, and fpr_*: of ids, see `fpr.fpr`.
     rates fall to `final_rate` of themselves; the last `average_last` of the steps are averaged into the result.
     The same arguments give the same splats bit for bit on a CPU. Raises InputError for a mistake in an argument.
     """
@@ -95,23 +105,31 @@ def edit(
 
     if guidance not in GUIDANCE:
         raise InputError(f"guidance: {guidance!r} is not known; choose one of {', '.join(GUIDANCE)}.")
+    if solver not in SOLVERS:
+        raise InputError(f"solver: {solver!r} is not known; choose one of {', '.join(SOLVERS)}.")
     prior = model if isinstance(model, Prior) else load_prior(model, resolve_device(device), offline=offline)
     place = prior.device
+    generator = torch.Generator(place).manual_seed(seed)
+    scale = prior.default_scale(guidance) if guidance_scale is None else guidance_scale
+    prior.check_scale(scale)
+    way = timesteps or PUBLISHED.get(guidance, "uniform")
+    check_draws(way, prior.alphas_cumprod, t_range)
+    denoise, options = guided(prior.denoise, prior.null(1), scale), bind(guidance, prior, generator, tuning)
     gaussians = gaussians.to(place)
     extent = bounds(gaussians)
     rig = rig_for(gaussians, cameras, views, prior.image_size, up)
     scene = Splats(
         gaussians, rig, extent.radius, rates, background=background, supersample=supersample, neighbours=neighbours
     )
-    generator = torch.Generator(place).manual_seed(seed)
     images, latents = source_views(scene, prior)
     if source is None:
         source, _ = find_prompt(prior, latents, generator)
-    scale = prior.default_scale(guidance) if guidance_scale is None else guidance_scale
-    denoise = guided(prior.denoise, prior.null(1), scale)
     target_text, source_text = (repeat(prior.text([p]), views_per_step) for p in (prompt, source))
-    options = {"iters": fpr_iters, "lam": fpr_lambda} if guidance == "ids" else {}
+    if guidance == "ids":
+        options |= {"iters": fpr_iters, "lam": fpr_lambda, "solver": solver}
+    poses = camera_numbers(rig, extent).to(place)
     order = view_order(rig.n, steps * views_per_step, generator).view(steps, views_per_step)
+    backwards = 0
 
     for index in range(steps):
         watch = Stopwatch(place)
@@ -121,15 +139,15 @@ def edit(
         pixels = image.detach().requires_grad_()
         with watch("encode"):
             z = prior.encode(pixels)
-        history: list = []
+        history: list[FPR] = []
         with watch("prior"), torch.no_grad():
-            low, high = t_range
-            high = high - (high - low) * anneal * index / max(steps - 1, 1)
-            draw = sample_draw(prior.alphas_cumprod, z, (low, high), generator)
-            request = Request(target_text, source_text, latents[chosen])
+            at = {"done": index / max(steps - 1, 1), "drawn": index * views_per_step, "anneal": anneal}
+            draw = edit_draw(way, prior.alphas_cumprod, z, t_range, generator, **at)
+            request = Request(target_text, source_text, latents[chosen], camera=poses[chosen])
             if guidance == "ids":
                 options["history"] = history
             gradient = GUIDANCE[guidance](denoise, z.detach(), draw, request, **options)
+        backwards += history[0].backwards if history else 0
         # One backward, in two halves so that each is billed to its own account.
         with watch("encode"):
             (upstream,) = torch.autograd.grad(z, pixels, gradient)
@@ -147,15 +165,22 @@ def edit(
             gaussians=scene.result(),
             seconds=watch.seconds,
             evaluations=prior.evaluations,
-            residuals=drift(history, latents[chosen]),
+            backwards=backwards,
+            residuals=drift(history[0].residuals, latents[chosen]) if history else [],
+            fpr=history[0] if history else None,
             psnr_to_source=psnr(image.detach(), images[chosen]),
-            state=partial(state, scene, generator, index + 1),
+            state=partial(state, scene, generator, index + 1, options.get("particle")),
         )
 
 
-def state(scene: Splats, generator: torch.Generator, done: int) -> dict[str, Any]:
-    """What a checkpoint holds: steps done, parameters, their running mean, Adam's moments, the generator's state."""
+def state(scene: Splats, generator: torch.Generator, done: int, particle: Any = None) -> dict[str, Any]:
+    """What a checkpoint holds: steps done, parameters, their running mean, Adam's moments, the generator's state.
+
+    particle: the denoiser that vsd trains along, which goes into it with its own optimiser.
+    """
+    learnt = {} if particle is None else {"particle": particle.state_dict()}
     return {
+        **learnt,
         "step": done,
         "parameters": {k: p.detach() for k, p in scene.parameters.items()},
         "mean": scene.mean,
@@ -172,6 +197,13 @@ def resolve_device(device: str) -> str:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device: {device!r} was asked for, but this torch sees no CUDA GPU; use cpu or auto.")
     return device
+
+
+def camera_numbers(cameras: Cameras, extent: Bounds) -> Tensor:
+    """Camera-to-world matrices as rows (n, 16), in the scene's own measure: its centre is 0, its radius 1."""
+    c2w = torch.linalg.inv(cameras.w2c.cpu().double())
+    c2w[:, :3, 3] = (c2w[:, :3, 3] - extent.centre.to(c2w)) / extent.radius
+    return c2w.flatten(1).float()
 
 
 def rig_for(gaussians: Gaussians, cameras: Cameras | str, views: int, size: int, up: str | None) -> Cameras:
@@ -207,9 +239,6 @@ def view_order(count: int, draws: int, generator: torch.Generator) -> Tensor:
     return torch.cat(orders)[:draws]
 
 
-def drift(history: list, z_source: Tensor) -> list[float]:
-    """Posterior-mean drift |z_src - z_0| / |z_src| after each FPR iteration, mean over the step's views."""
-    if not history:
-        return []
-    size = z_source.flatten(1).norm(dim=1)
-    return (history[0].residuals / size).mean(1).tolist()
+def drift(residuals: Tensor, z_source: Tensor) -> list[float]:
+    """Posterior-mean drift |z_src - z_0| / |z_src| from residuals (k, b), mean over the views for which it is known."""
+    return (residuals / z_source.flatten(1).norm(dim=1)).nanmean(1).tolist()

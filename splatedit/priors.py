@@ -10,7 +10,7 @@ import difflib
 import re
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from splatedit.diffusion import Text
+    from splatedit.variational import Particle
 
-SCALES = {"ids": 7.5, "dds": 7.5, "sds": 100.0}  # of a full model
-SMALL_SCALES = {"ids": 3.0, "dds": 3.0, "sds": 7.5}  # of a model with a vocabulary, unless its vocabulary.json says
+SCALES = {"sds": 100.0, "pds": 100.0}  # of a full model, where the papers' code does not say 7.5
+SMALL_SCALES = {"sds": 7.5, "pds": 7.5}  # where not 3, of a model with a vocabulary, unless its vocabulary.json says
 
 
 class Prior:
@@ -52,6 +53,7 @@ class Prior:
     alphas_cumprod: Tensor  # (T,) float32 on `device`, falling; the last may be 0
     vocabulary: tuple[str, ...] | None  # the prompts it was trained on, None if it takes any text
     evaluations: int  # rows sent through the network so far
+    words: dict[str, Any] | None = None  # its vocabulary.json
 
     def __init__(
         self,
@@ -69,6 +71,7 @@ class Prior:
         self.pipeline, self.unet, self.vae = pipeline, *(require(pipeline, part, self.name) for part in ("unet", "vae"))
         if getattr(pipeline, "text_encoder_2", None) is None:
             require(pipeline, "text_encoder", self.name)
+        check_dtype(self.device, self.dtype)
         self.words = vocabulary
         self.vocabulary = tuple(vocabulary["prompts"]) if vocabulary else None
         self.alphas_cumprod, self.prediction_type = schedule(pipeline.scheduler, self.name)
@@ -96,9 +99,29 @@ class Prior:
 
     def default_scale(self, guidance: str) -> float:
         """The classifier-free guidance scale that suits this model and a key of `guidance.GUIDANCE`."""
+        if not self.has_null:
+            return 1.0
         if self.words is None:
             return SCALES.get(guidance, 7.5)
         return float({**SMALL_SCALES, **self.words.get("guidance_scale", {})}.get(guidance, 3.0))
+
+    @property
+    def has_null(self) -> bool:
+        """Whether the model knows the empty prompt, which classifier-free guidance leads away from.
+
+        Not if its guidance was distilled into the network (latent consistency models take the scale as an input), or if
+        its vocabulary.json says `"null": false`.
+        """
+        distilled = getattr(getattr(self, "unet", None), "config", {}).get("time_cond_proj_dim") is not None
+        return not distilled and bool((self.words or {}).get("null", True))
+
+    def check_scale(self, scale: float) -> None:
+        """Raise InputError for a guidance scale that this model cannot be asked for."""
+        if scale != 1 and not self.has_null:
+            raise InputError(
+                f"guidance_scale: found {scale}, but {self.name} was trained without an empty prompt to be led away "
+                "from; use 1 (no guidance), or the base model that it was distilled from."
+            )
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures (b, 3, h, w) in [0, 1] -> latents (b, c, h', w') float32, scaled to size 1; differentiable.
@@ -124,6 +147,12 @@ class Prior:
             return config.scaling_factor, config.get("shift_factor") or 0.0
         mean, std = (like.new_tensor(list(values)).view(1, -1, 1, 1) for values in (mean, std))
         return config.scaling_factor / std, mean
+
+    def self_attention(self) -> AbstractContextManager[list[Tensor]]:
+        """What comes out of self-attention on the network's way up, as a list filled at each call of `denoise`."""
+        from splatedit.attention import self_attention
+
+        return self_attention(self.unet, "up_blocks")
 
     def text(self, prompts: list[str]) -> Text:
         """Embeddings of `prompts`, one row each, float32. The empty prompt is the null text.
@@ -185,10 +214,17 @@ class Prior:
         if found > longest:
             raise InputError(f"prompt {prompt!r}: {found} tokens long, {self.name} reads {longest}; shorten it.")
 
-    def denoise(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+    def particle(self, generator: torch.Generator, rank: int, rate: float) -> Particle:
+        """A second denoiser that learns what renders look like, for vsd; see `variational.LoraDenoiser`."""
+        from splatedit.variational import LoraDenoiser
+
+        return LoraDenoiser(self, generator, rank, rate)
+
+    def denoise(self, x: Tensor, t: Tensor, text: Text, unet: Any = None, class_labels: Tensor | None = None) -> Tensor:
         """Predicted noise ehat (b, c, h, w) in x's dtype, of noised latents x at steps t (b,), one row of text each.
 
-        One network call, whatever the pipeline's scheduler: x = a z + s noise with a^2 = alphas_cumprod[t].
+        One network call, whatever the pipeline's scheduler: x = a z + s noise with a^2 = alphas_cumprod[t]. unet:
+        another network of the same kind, with labels for the rows if it takes them.
         """
         from splatedit.diffusion import scales, to_eps_x0
 
@@ -197,9 +233,10 @@ class Prior:
         more = None
         if text.pooled is not None and text.ids is not None:
             more = {"text_embeds": text.pooled.to(self.dtype), "time_ids": text.ids.to(self.dtype)}
-        output = self.unet(
+        output = (self.unet if unet is None else unet)(
             x.to(self.dtype),
             t,
+            class_labels=class_labels,
             encoder_hidden_states=text.embeds.to(self.dtype),
             added_cond_kwargs=more,
             return_dict=False,
@@ -280,7 +317,7 @@ def read_pipeline(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def read_vocabulary(folder: Path) -> dict[str, Any] | None:
-    """vocabulary.json: "prompts", "words", and perhaps "image_size" (pixels) and "guidance_scale" (by guidance)."""
+    """vocabulary.json: "prompts", "words"; perhaps "image_size" (pixels), "guidance_scale" (by guidance), "null"."""
     path = folder / "vocabulary.json"
     if not path.is_file():
         return None
@@ -296,6 +333,22 @@ def default_dtype(device: torch.device) -> torch.dtype:
     import torch
 
     return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise InputError if this torch cannot compute networks of that type on that device.
+
+    Half precision on a CPU means what it means on a GPU, only more slowly than single; older releases cannot do it.
+    """
+    import torch
+
+    if device.type != "cpu" or dtype not in (torch.float16, torch.bfloat16):
+        return
+    try:
+        torch.nn.functional.conv2d(torch.zeros(1, 1, 3, 3, dtype=dtype), torch.zeros(1, 1, 3, 3, dtype=dtype))
+    except RuntimeError as error:
+        found = f"torch {torch.__version__} cannot compute {str(dtype).removeprefix('torch.')} networks on a CPU"
+        raise InputError(f"dtype: {found} ({first_line(error)}); use float32.") from error
 
 
 def require(pipeline: Any, part: str, name: str) -> Any:

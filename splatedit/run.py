@@ -70,6 +70,7 @@ class Log(NamedTuple):
     loss: list[float]
     psnr: list[float]  # dB to the source
     drift: list[list[float]]  # ids: posterior-mean drift after each FPR iteration
+    rms: list[list[float]]  # ids: of the noise, likewise
     seconds: dict[str, float]  # summed over the steps: render, prior, encode, optimise
     before: float  # seconds before the first step: drawing and encoding the source
     wall: float  # seconds of the steps themselves
@@ -200,7 +201,7 @@ def optimise(job: Job, console: Console) -> Log:
 
     config = job.config
     steps = editing.edit(job.gaussians, config.prompt, job.source_prompt, model=job.prior, up=job.up, **options(job))
-    loss, distance, drift, seconds = [], [], [], {}
+    loss, distance, drift, rms, seconds = [], [], [], [], {}
     last, interrupted, before, start = None, False, 0.0, time.perf_counter()
     with progress_bar(console, config.steps) as show:
         try:
@@ -210,6 +211,7 @@ def optimise(job: Job, console: Console) -> Log:
                 loss.append(last.loss)
                 distance.append(last.psnr_to_source)
                 drift.append(last.residuals)
+                rms.append(last.fpr.rms.mean(1).tolist() if last.fpr else [])
                 for part, spent in last.seconds.items():
                     seconds[part] = seconds.get(part, 0.0) + spent
                 show(last, (time.perf_counter() - start - before) / len(loss))
@@ -222,15 +224,27 @@ def optimise(job: Job, console: Console) -> Log:
             console.print(f"[bold yellow]Interrupted[/] {done}")
     assert last is not None
     wall = time.perf_counter() - start - before
-    return Log(last, loss, distance, drift, seconds, before, wall, interrupted)
+    return Log(last, loss, distance, drift, rms, seconds, before, wall, interrupted)
 
 
 def options(job: Job) -> dict[str, Any]:
     """The settings that `edit` takes, under its names and in its types."""
     from splatedit.scenes import Rates
+    from splatedit.tuning import Tuning
 
     config = job.config
-    same = ("guidance", "guidance_scale", "steps", "seed", "fpr_iters", "fpr_lambda", "views_per_step", "anneal")
+    same = (
+        "guidance",
+        "guidance_scale",
+        "steps",
+        "seed",
+        "solver",
+        "fpr_iters",
+        "fpr_lambda",
+        "views_per_step",
+        "anneal",
+        "timesteps",
+    )
     same += ("final_rate", "average_last", "supersample", "neighbours", "device", "offline")
     name, views = rig(config.cameras)
     return {
@@ -239,6 +253,7 @@ def options(job: Job) -> dict[str, Any]:
         **({} if views is None else {"views": views}),
         "t_range": (config.t_range[0], config.t_range[1]),
         "background": job.background,
+        "tuning": Tuning(**{k: getattr(config, k) for k in Tuning._fields}),
         "rates": Rates(**{k: getattr(config, f"lr_{k}") for k in Rates._fields}),
     }
 
@@ -312,7 +327,11 @@ def write(job: Job, console: Console, folder: Path, log: Log) -> dict[str, Any]:
     record["exit_status"] = INTERRUPTED if interrupted else DONE if changed else NOT_CHANGED
     record["mended_splats"] = lost
     record["change"] = report.as_dict() if report else None
-    record["network_evaluations"] = {"edit": log.last.evaluations, "all": job.prior.evaluations}
+    record["network_evaluations"] = {
+        "edit": log.last.evaluations,
+        "all": job.prior.evaluations,
+        "backward": log.last.backwards,
+    }
     record["peak_memory_mib"] = peak_memory()
     write_json({"change": record["change"], "curve": curve(log)}, folder / "metrics.json")
     if pairs:
@@ -458,7 +477,7 @@ def peak_memory() -> dict[str, int | None]:
 
 
 def curve(log: Log) -> dict[str, list]:
-    """Loss, PSNR to the source and (ids) drift of every step; what is not finite becomes null."""
+    """Loss, PSNR to the source and (ids) drift and rms of the noise in every step; what is not finite becomes null."""
 
     def plain(value: float) -> float | None:
         return value if math.isfinite(value) else None
@@ -466,6 +485,7 @@ def curve(log: Log) -> dict[str, list]:
     lines: dict[str, list] = {"loss": [plain(v) for v in log.loss], "psnr": [plain(v) for v in log.psnr]}
     if any(log.drift):
         lines["fpr_drift"] = [[plain(v) for v in row] for row in log.drift]
+        lines["fpr_rms"] = [[plain(v) for v in row] for row in log.rms]
     return lines
 
 

@@ -3,7 +3,7 @@ from dataclasses import asdict, fields
 
 import pytest
 
-from splatedit.config import GUIDANCES, KEYS, RIGS, TEXT, UPS, Config, load_config, rig, save_config
+from splatedit.config import GUIDANCES, KEYS, RIGS, SOLVERS, TEXT, UPS, WEIGHTS, Config, load_config, rig, save_config
 from splatedit.errors import InputError
 
 
@@ -57,11 +57,24 @@ def test_a_saved_file_repeats_every_setting(tmp_path):
         ("lr_sh0=.inf", ["lr_sh0", "inf"]),
         ("final_rate=0", ["final_rate"]),
         ("guidance_scale=-1", ["guidance_scale", "-1"]),
-        ("guidance=idz", ["'idz'", "'ids'", "dds, sds"]),
+        ("guidance=idz", ["'idz'", "'ids'", "ids, dds, cds, pds, "]),
         ("background=[1, 0]", ["background", "red, green, blue"]),
         ("background=[1, 0, 2]", ["background", "[0, 1]"]),
         ("t_range=[0.9, 0.1]", ["t_range", "low < high"]),
         ("t_range=0.5", ["t_range", "brackets"]),
+        ("fpr_t_range=[0.3, 1.5]", ["fpr_t_range", "low < high"]),
+        ("solver=picard_nul", ["'picard_nul'", "'picard_null'", "grad"]),
+        ("fpr_iters=-1", ["fpr_iters", "0 or more"]),
+        ("fpr_lambda=-1", ["fpr_lambda", "0.0 or more"]),
+        ("fpr_stop=-1", ["fpr_stop", "0.0 or more"]),
+        ("timesteps=falling", ["timesteps", "'falling'", "uniform, stratified, annealed"]),
+        ("weight=1", ["weight", "'1'", "uniform, sigma2"]),
+        ("pds_stride=0", ["pds_stride", "found 0"]),
+        ("cds_weight=-1", ["cds_weight", "-1", "0.0 or more"]),
+        ("fpr_lambda=-1", ["fpr_lambda", "-1", "0.0 or more"]),
+        ("sdi_scale=.nan", ["sdi_scale", "nan"]),
+        ("t_range=[-0.1, 0.5]", ["t_range", "0 <= low"]),
+        ("t_range=[0.5, 1.5]", ["t_range", "high <= 1"]),
         ("up=y", ["up", "'y'", "+x, -x"]),
         ("device=gpu", ["device", "'gpu'", "cuda"]),
         ("cameras=transforms.json", ["cameras", "transforms.json", "dome:N"]),
@@ -111,8 +124,12 @@ def test_defaults_are_those_of_the_code_below():
     from splatedit.cameras import RIGS as rigs
     from splatedit.cameras import UPS as ups
     from splatedit.editing import edit
+    from splatedit.fpr import SOLVERS as solvers
     from splatedit.guidance import GUIDANCE
+    from splatedit.score import WEIGHTS as weights
+    from splatedit.tuning import NEEDS
 
+    assert tuple(WEIGHTS) == tuple(weights) and tuple(SOLVERS) == tuple(solvers) and set(NEEDS) == set(GUIDANCE)
     assert set(GUIDANCES) == set(GUIDANCE) and set(RIGS) == set(rigs) and tuple(UPS) == tuple(ups)
     defaults = {k: p.default for k, p in inspect.signature(edit).parameters.items()}
     ours = {k: tuple(v) if isinstance(v, list) else v for k, v in asdict(Config()).items()}
@@ -120,5 +137,7 @@ def test_defaults_are_those_of_the_code_below():
         assert ours[name] == defaults[name], name
     for name, value in defaults["rates"]._asdict().items():
         assert ours[f"lr_{name}"] == value, name
+    for name, value in defaults["tuning"]._asdict().items():
+        assert ours[name] == value, name
     # every setting of the edit can be reached from the command line
-    assert defaults.keys() - ours.keys() == {"gaussians", "source", "views", "rates"}
+    assert defaults.keys() - ours.keys() == {"gaussians", "source", "views", "rates", "tuning"}

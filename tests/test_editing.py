@@ -1,19 +1,24 @@
 """The loop, on a prior whose answers are exact: a mixture of two pictures, a red ball and a blue one."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from mixtures import OneGaussian, Seen
 
 from splatedit.cameras import dome, orbit
 from splatedit.diffusion import MixtureDenoiser
 from splatedit.editing import drift, edit, rig_for, view_order
 from splatedit.errors import InputError
+from splatedit.fpr import SOLVERS
 from splatedit.gaussians import SH_C0
-from splatedit.guidance import FPR, GUIDANCE
+from splatedit.guidance import GUIDANCE
 from splatedit.metrics import change_report
 from splatedit.priors import Prior
 from splatedit.render import render
 from splatedit.scenes import Rates
+from splatedit.tuning import Tuning
 
 
 class ToyPrior(Prior):
@@ -26,6 +31,9 @@ class ToyPrior(Prior):
         self.vocabulary = tuple(self.names)
         means = torch.stack([self.encode(p).mean(0) for p in pictures.values()])
         self.mixture = MixtureDenoiser(means, floor=0.02)
+        self.network = Seen(self.mixture)
+        self.self_attention = self.network.self_attention
+        self.particle = lambda *_: OneGaussian(self.mixture.alphas_cumprod, 0.02)
         self.alphas_cumprod = self.mixture.alphas_cumprod.float()
         self.calls = 0
 
@@ -42,7 +50,7 @@ class ToyPrior(Prior):
     def denoise(self, x, t, text):
         self.evaluations += len(x)
         self.calls += 1
-        return self.mixture(x, t, text)
+        return self.network(x, t, text)
 
     def default_scale(self, guidance):
         return 2.0
@@ -107,6 +115,25 @@ def test_a_step_s_state_is_what_the_optimiser_holds(red, prior):
     assert all(int(moments["step"]) == 4 for moments in state["optimizer"]["state"].values())
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_turns_the_ball_towards_blue_and_says_what_it_did(solver, red, prior):
+    steps = run(red, prior, guidance="ids", solver=solver, fpr_iters=2, steps=40, rates=Rates(sh0=0.05))
+    before, after = color(red), color(steps[-1].gaussians)
+    assert after[0] < before[0] - 0.05 and after[2] > before[2] + 0.05
+    assert len(steps[0].residuals) == 3 and steps[0].fpr.rms.shape == (3, 2)
+    assert steps[-1].evaluations == sum(s.fpr.evaluations for s in steps) == prior.evaluations
+    assert steps[-1].backwards == sum(s.fpr.backwards for s in steps)
+    assert (steps[-1].backwards > 0) == solver.startswith("grad")
+
+
+def test_outside_the_range_of_fpr_an_edit_is_one_of_dds(red, prior):
+    tuning = Tuning(fpr_t_range=(0.99, 1.0))
+    ids, dds = (run(red, prior, guidance=g, tuning=tuning, steps=3)[-1].gaussians for g in ("ids", "dds"))
+    assert torch.equal(ids.sh0, dds.sh0)
+    other = run(red, prior, guidance="ids", tuning=Tuning(fpr_t_range=(0.01, 1.0)), steps=3)[-1].gaussians
+    assert not torch.equal(other.sh0, dds.sh0)
+
+
 @pytest.mark.parametrize(("guidance", "rows"), [("sds", 2), ("dds", 4)])
 def test_null_source_and_target_go_through_the_network_as_one_batch(red, prior, guidance, rows):
     run(red, prior, guidance=guidance, steps=2, views_per_step=3)
@@ -153,6 +180,12 @@ def test_a_splat_blown_to_bits_is_called_noise(red, prior):
 def test_mistakes_are_named(red, prior):
     with pytest.raises(InputError, match="guidance: 'idz'"):
         run(red, prior, guidance="idz")
+    with pytest.raises(InputError, match="solver: 'picar' is not known; choose one of grad"):
+        run(red, prior, solver="picar")
+    with pytest.raises(InputError, match="fpr_t_range: found .*low <= high"):
+        run(red, prior, guidance="ids", tuning=Tuning(fpr_t_range=(0.5, 0.2)))
+    with pytest.raises(InputError, match="fpr lambda: found -1"):
+        run(red, prior, guidance="ids", fpr_lambda=-1)
     with pytest.raises(InputError, match="not a rig"):
         run(red, prior, cameras="sphere")
     with pytest.raises(InputError, match="64x64"):
@@ -182,6 +215,5 @@ def test_rig_by_name_has_the_prior_s_picture_size(red):
 
 def test_drift_is_relative_to_the_latents():
     z = torch.full((2, 1, 2, 2), 3.0)  # norm 6
-    record = FPR(z, torch.tensor([[6.0, 3.0], [3.0, 0.0]]))
-    assert drift([record], z) == pytest.approx([0.75, 0.25])
-    assert drift([], z) == []
+    assert drift(torch.tensor([[6.0, 3.0], [3.0, 0.0]]), z) == pytest.approx([0.75, 0.25])
+    assert drift(torch.tensor([[6.0, math.nan]]), z) == pytest.approx([1.0]), "a view that was not refined"

@@ -4,69 +4,15 @@ import math
 
 import pytest
 import torch
+from mixtures import F64, SCALE, SHAPE, SIZE, WIDTH, Affine, Modes, Seen, draw_at, exact, normal, seeded, toy_prior
 from torch import nn
 from torch.autograd.functional import jacobian
 
 from splatedit.diffusion import Draw, MixtureDenoiser, guided, repeat, sample_draw, scaled_linear, scales
 from splatedit.guidance import GUIDANCE, Request, dds, fpr, ids, push, sds
-
-F64 = torch.float64
-SHAPE = (2, 2, 3)
-SIZE = math.prod(SHAPE)
-SCALE = 7.5
-WIDTH = 0.3  # variance of the components of the affine prior
-
+from splatedit.tuning import bind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def exact(actual, expected, atol=1e-12):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=F64, generator=seeded(seed))
-
-
-def draw_at(t, noise):
-    t = torch.tensor(t)
-    return Draw(t, *scales(scaled_linear(), t, noise), noise)
-
-
-class Affine:
-    """One Gaussian for each text, all of variance WIDTH: every guided score is affine."""
-
-    def __init__(self):
-        means = normal(3, *SHAPE, seed=1)
-        self.null_mean, self.source_mean, self.target_mean = means
-        self.mixture = MixtureDenoiser(means, floor=WIDTH)
-        self.null, self.source, self.target = (self.mixture.text(row) for row in torch.eye(3).tolist())
-        self.denoise = guided(self.mixture, self.null, SCALE)
-
-    def mean(self, mean):
-        """The centre that guidance at SCALE moves `mean` to."""
-        return self.null_mean + SCALE * (mean - self.null_mean)
-
-    def request(self, z_source):
-        return Request(repeat(self.target, len(z_source)), repeat(self.source, len(z_source)), z_source)
-
-
-class Modes:
-    """Two texts of two components each, of different shapes: scores bend, as those of a real prior do."""
-
-    def __init__(self):
-        directions = torch.linalg.qr(normal(4, SIZE, 2, seed=3)).Q
-        variances = torch.rand(4, 2, dtype=F64, generator=seeded(4))
-        self.mixture = MixtureDenoiser(0.6 * normal(4, *SHAPE, seed=2), None, 0.1, directions, variances)
-        texts = ([0.4, 0.1, 0.1, 0.4], [0.8, 0.2, 0, 0], [0, 0, 0.2, 0.8])
-        self.null, self.source, self.target = (self.mixture.text(row) for row in texts)
-        self.denoise = guided(self.mixture, self.null, SCALE)
-
-    request = Affine.request
 
 
 @pytest.fixture
@@ -404,7 +350,8 @@ def test_every_guidance_moves_every_scene_to_the_target(name, scene):
     shades = torch.stack([c.view(2, 1, 1).expand(2, 8, 8) * k for c in (RED, BLUE) for k in (0.9, 1.1)])
     mixture = MixtureDenoiser(shades, floor=0.02)
     null, red, blue = (mixture.text(row) for row in ([1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]))
-    denoise, generator, scene = guided(mixture, null, 1.5), seeded(), scene()
+    network, generator, scene = Seen(mixture), seeded(), scene()
+    denoise, options = guided(network, null, 1.5), bind(name, toy_prior(network), generator)
     z_source = scene().detach().clone()
     request = Request(repeat(blue, len(z_source)), repeat(red, len(z_source)), z_source)
     optimizer = torch.optim.Adam(scene.parameters(), lr=0.03)
@@ -412,7 +359,7 @@ def test_every_guidance_moves_every_scene_to_the_target(name, scene):
         z = scene()
         draw = sample_draw(mixture.alphas_cumprod, z, (0.02, 0.98), generator)
         with torch.no_grad():
-            grad = GUIDANCE[name](denoise, z.detach(), draw, request)
+            grad = GUIDANCE[name](denoise, z.detach(), draw, request, **options)
         optimizer.zero_grad()
         push(z, grad).backward()
         optimizer.step()

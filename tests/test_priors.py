@@ -31,6 +31,7 @@ from splatedit.errors import InputError
 from splatedit.guidance import GUIDANCE, Request, ids
 from splatedit.pocket import FOLDER
 from splatedit.priors import Prior, check_prior, find_prompt, load_prior
+from splatedit.tuning import bind
 
 SCHEDULERS = [
     DDIMScheduler,
@@ -113,10 +114,11 @@ def test_a_schedule_that_ends_in_pure_noise_stays_finite(scheduler):
 def test_evaluations_are_counted_in_rows():
     prior = Prior(tiny.sd())
     z, texts = latents(3), [repeat(prior.text([p]), 3) for p in ("a pig", "a cat")]
-    for name, rows in {"sds": 6, "dds": 12, "ids": 3 * 6 + 12}.items():
+    for name, rows in {"sds": 6, "dds": 12, "pds": 12, "cds": 12 + 3, "ids": 3 * 6 + 12}.items():
         before = prior.evaluations
         draw = sample_draw(prior.alphas_cumprod, z, (0.1, 0.9), seeded())
-        GUIDANCE[name](guided(prior.denoise, prior.null(1), 7.5), z, draw, Request(*texts, z))
+        options = bind(name, prior, seeded())
+        GUIDANCE[name](guided(prior.denoise, prior.null(1), 7.5), z, draw, Request(*texts, z), **options)
         assert prior.evaluations - before == rows
 
 
@@ -217,8 +219,9 @@ def test_every_guidance_runs_on_sdxl():
     prior = Prior(tiny.sdxl(scheduler=EulerDiscreteScheduler))
     z, texts = latents(2), [prior.text([p] * 2) for p in ("a pig", "a cat")]
     draw = sample_draw(prior.alphas_cumprod, z, (0.1, 0.9), seeded())
-    for guidance in GUIDANCE.values():
-        grad = guidance(guided(prior.denoise, prior.null(1), 7.5), z, draw, Request(*texts, z))
+    for name, guidance in GUIDANCE.items():
+        options = bind(name, prior, seeded())
+        grad = guidance(guided(prior.denoise, prior.null(1), 7.5), z, draw, Request(*texts, z), **options)
         assert grad.shape == z.shape and grad.isfinite().all() and float(grad.std()) > 0
 
 
@@ -260,13 +263,14 @@ def test_on_a_gpu_the_networks_are_half_precision_and_agree_with_the_cpu(sd_fold
     prior, exact = load_prior(str(sd_folder), "cuda"), load_prior(str(sd_folder))
     assert prior.dtype == torch.float16 and prior.alphas_cumprod.device.type == "cuda"
     z = latents()
-    for guidance in GUIDANCE.values():
+    for name, guidance in GUIDANCE.items():
         grads = []
         for p in (exact, prior):
             z_ = z.to(p.device)
             draw = sample_draw(p.alphas_cumprod, z_, (0.1, 0.9), seeded())
             request = Request(p.text(["a pig"] * 2), p.text(["a cat"] * 2), z_ * 0.9)
-            grads.append(guidance(guided(p.denoise, p.null(1), 7.5), z_, draw, request).cpu())
+            options = bind(name, p, seeded())
+            grads.append(guidance(guided(p.denoise, p.null(1), 7.5), z_, draw, request, **options).cpu())
         assert (grads[0] - grads[1]).norm() < 0.05 * grads[0].norm()
 
 
@@ -621,12 +625,13 @@ def test_the_words_of_a_prompt_are_those_its_tokenizer_sees(pocket):
 
 def test_the_guidance_scale_comes_from_the_vocabulary_or_the_kind_of_model(pocket, tmp_path):
     small = load_prior(str(pocket))
-    assert {g: small.default_scale(g) for g in GUIDANCE} == {"sds": 7.5, "dds": 3.0, "ids": 3.0}
+    threes = dict.fromkeys(GUIDANCE, 3.0)
+    assert {g: small.default_scale(g) for g in GUIDANCE} == {**threes, "sds": 7.5, "pds": 7.5}
     full = Prior(tiny.sd())
-    assert {g: full.default_scale(g) for g in GUIDANCE} == {"sds": 100.0, "dds": 7.5, "ids": 7.5}
+    assert {g: full.default_scale(g) for g in GUIDANCE} == {**dict.fromkeys(GUIDANCE, 7.5), "sds": 100.0, "pds": 100.0}
     vocabulary = {"prompts": ["a cat"], "words": ["a", "cat"], "guidance_scale": {"ids": 4}}
     told = Prior(tiny.sd(), vocabulary=vocabulary)
-    assert {g: told.default_scale(g) for g in GUIDANCE} == {"sds": 7.5, "dds": 3.0, "ids": 4.0}
+    assert {g: told.default_scale(g) for g in GUIDANCE} == {**threes, "sds": 7.5, "pds": 7.5, "ids": 4.0}
     assert isinstance(told.default_scale("ids"), float)
 
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import weakref
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +16,7 @@ from hypothesis import strategies as st
 from raster_scenes import LEAVES, SCENES, Scene, cameras, cloud, to
 from torch import Tensor
 
-from splatedit.errors import InputError
-from splatedit.render import BACKENDS, constants, rasterization, twin
+from splatedit.render import constants, rasterization, twin
 
 NAMES = [*LEAVES, "means2d"]
 
@@ -220,20 +218,6 @@ def test_meta_and_radii_agree():
         torch.testing.assert_close(b[name].double(), a[name], rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_not_seen_may_be_anything():
-    """Infinite, NaN and zero-length parameters of Gaussians behind the camera leave the others' gradients alone."""
-    scene = cloud(17, 40, views=1)
-    weights = (torch.ones(1, 34, 40, 3), torch.ones(1, 34, 40, 1))
-    eye = torch.linalg.inv(scene["viewmats"])[0, :3, 3]
-    scene["means"][:10] = 2 * eye
-    tidy = draw(scene, "cpu", weights, rasterize_mode="antialiased")
-    scene["quats"][:5], scene["scales"][5:10] = 0.0, float("inf")
-    wild = draw(scene, "cpu", weights, rasterize_mode="antialiased")
-    assert torch.equal(tidy["image"], wild["image"])
-    for name in NAMES:
-        assert torch.equal(tidy["grads"][name], wild["grads"][name]), name
-
-
 # ---------------------------------------------------------------- threads, forks, memory
 
 
@@ -324,98 +308,6 @@ def test_the_graph_is_kept_on_request():
     (once,) = torch.autograd.grad(image.sum(), scene["means"], retain_graph=True)
     (twice,) = torch.autograd.grad(image.sum(), scene["means"])
     assert torch.equal(once, twice)
-
-
-# ---------------------------------------------------------------- which backend, and what is refused
-
-
-def test_importing_costs_nothing():
-    code = (
-        "import sys, splatedit.render; "
-        "found = {'numba', 'llvmlite', 'gsplat', 'diffusers'} & set(sys.modules); "
-        "assert not found, found"
-    )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
-
-
-def test_without_numba_the_twin_steps_in_with_one_warning():
-    code = """
-import sys, warnings
-sys.modules["numba"] = None
-sys.path.insert(0, "tests")
-import torch
-from raster_scenes import cloud
-from splatedit.render import rasterization
-scene = cloud(0, 20)
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    images = [rasterization(**scene)[0] for _ in range(2)]
-messages = [str(w.message) for w in caught]
-assert len(messages) == 1 and "numba" in messages[0] and "slow" in messages[0], messages
-assert torch.equal(images[0], rasterization(**scene, backend="torch")[0])
-"""
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
-
-
-def test_float64_goes_to_the_twin():
-    scene = to(cloud(20, 10), torch.float64)
-    assert torch.equal(rasterization(**scene)[0], rasterization(**scene, backend="torch")[0])
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"packed": True}, "packed"),
-        ({"sparse_grad": True}, "sparse_grad"),
-        ({"tile_size": 8}, "tile_size=8"),
-        ({"distributed": True}, "distributed=True"),
-        ({"camera_model": "fisheye"}, "camera_model='fisheye'"),
-        ({"with_ut": True}, "with_ut=True"),
-        ({"backend": "cuda"}, "'auto', 'cpu', 'torch', 'gsplat'"),
-        ({"backend": "gsplat"}, "CUDA"),
-        ({"render_mode": "rgb"}, r"'RGB\+ED'"),
-        ({"rasterize_mode": "mip"}, "'antialiased'"),
-        ({"sh_degree": 4}, "sh_degree 4"),
-        ({"width": 0}, "width 0"),
-        ({"means": torch.zeros(1, 10, 3)}, r"means \(1, 10, 3\).*\(n, 3\)"),
-        ({"means": torch.zeros(10, 3, dtype=torch.float16)}, "float16"),
-        ({"quats": torch.zeros(10, 3)}, r"quats \(10, 3\).*\(10, 4\)"),
-        ({"opacities": torch.zeros(10, 1)}, r"opacities \(10, 1\).*\(10,\)"),
-        ({"scales": torch.zeros(10, 3, dtype=torch.float64)}, "scales is torch.float64"),
-        ({"viewmats": torch.eye(4)}, r"viewmats \(4, 4\)"),
-        ({"viewmats": torch.eye(4).tolist()}, "viewmats is a list"),
-        ({"viewmats": torch.zeros(0, 4, 4), "Ks": torch.zeros(0, 3, 3), "backgrounds": None}, "one camera"),
-        ({"colors": torch.zeros(10, 4, 3)}, r"colors \(10, 4, 3\).*at least 16"),
-        ({"colors": torch.zeros(10, 16, 3), "sh_degree": None}, "without sh_degree"),
-        ({"colors": torch.zeros(2, 10, 16, 3)}, "per camera"),
-        ({"backgrounds": torch.zeros(3)}, r"backgrounds \(3\).*\(2, 3\)"),
-    ],
-)
-def test_mistakes_are_named(changes: dict[str, Any], message: str):
-    with pytest.raises(InputError, match=message):
-        rasterization(**{**cloud(21, 10), **changes})
-
-
-def test_an_unknown_argument_is_an_error():
-    with pytest.raises(TypeError, match="tile_sise"):
-        rasterization(**cloud(22, 3), tile_sise=16)
-
-
-def test_backends_are_what_the_documentation_says():
-    assert list(BACKENDS) == ["auto", "cpu", "torch", "gsplat"]
-
-
-def test_gsplat_is_asked_for_by_name_where_it_is_missing(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "gsplat", None)
-    on_cuda = SimpleNamespace(is_cuda=True, dtype=torch.float32)
-    with pytest.raises(InputError, match=r"pip install splatedit\[cuda\]"):
-        BACKENDS["auto"](means=on_cuda)
-
-
-def test_gsplat_gets_all_arguments(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "gsplat", SimpleNamespace(rasterization=lambda **arguments: arguments))
-    on_cuda = SimpleNamespace(is_cuda=True, dtype=torch.float32)
-    assert BACKENDS["auto"](means=on_cuda, packed=False, eps2d=0.1) == {"means": on_cuda, "packed": False, "eps2d": 0.1}
 
 
 # ---------------------------------------------------------------- on a GPU

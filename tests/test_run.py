@@ -124,6 +124,8 @@ def test_a_run_writes_everything_it_promises(config, cloud, scene_file):
     assert metrics["change"] == json.loads((folder / "run.json").read_text())["change"]
     assert len(metrics["curve"]["loss"]) == len(metrics["curve"]["psnr"]) == 3
     assert [len(row) for row in metrics["curve"]["fpr_drift"]] == [4, 4, 4], "before and after each of three iterations"
+    assert [len(row) for row in metrics["curve"]["fpr_rms"]] == [4, 4, 4]
+    assert record["network_evaluations"]["backward"] == 3 * 3 * 2 * 2, "steps, iterations, views, null and source"
 
     assert sorted(p.name for p in (folder / "renders").iterdir())[:2] == ["00_after.png", "00_before.png"]
     assert len(list((folder / "renders").iterdir())) == 2 * 8 + 1
@@ -348,5 +350,5 @@ def test_a_terminal_gets_a_bar(config, monkeypatch, few_frames):
 def test_curve_of_an_edit_without_drift():
     from splatedit.run import Log
 
-    log = Log(None, [1.0, math.nan], [math.inf, 20.0], [[], []], {}, 0.5, 1.0, False)  # type: ignore[arg-type]
+    log = Log(None, [1.0, math.nan], [math.inf, 20.0], [[], []], [[], []], {}, 0.5, 1.0, False)  # type: ignore[arg-type]
     assert curve(log) == {"loss": [1.0, None], "psnr": [None, 20.0]}

@@ -20,17 +20,16 @@ Names: v_x is the gradient of the loss with respect to x. Sources are places in 
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 import numpy as np
-from numba import njit
 
+from splatedit.render.kernel_cache import jit
 from splatedit.render.simd import FAST, LANES, vgather, vscatter, vsqrt, where
 
 F = np.float32
 RECORD = 16  # floats
 
-# cache=True keeps the machine code in __pycache__ (or NUMBA_CACHE_DIR), keyed by the CPU and the time stamp of the file
-# that holds the kernel. error_model="numpy" makes 1 / 0 infinite instead of a test for it.
-kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath=set(FAST))
-inline = njit(nogil=True, cache=True, error_model="numpy", fastmath=set(FAST), forceinline=True)
+# error_model="numpy" makes 1 / 0 infinite instead of a test for it.
+kernel = jit(nogil=True, error_model="numpy", fastmath=set(FAST))
+inline = jit(nogil=True, error_model="numpy", fastmath=set(FAST), forceinline=True)
 
 
 # tuples of vectors, matrices by rows

@@ -5,6 +5,7 @@ float32 tensors on the CPU; the kernels see flat numpy views of them.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +52,11 @@ def rasterize(
     with_sh = sh_degree is not None and render_mode not in ("D", "ED")
     degree, coefficients = (sh_degree, colors) if with_sh else (-1, None)
     channels = 0 if not with_sh else 3 if render_mode == "RGB" else 4
-    splats = project(means, quats, scales, opacities, coefficients, viewmats, Ks, degree, channels, shape)
+    splats, odd = project(means, quats, scales, opacities, coefficients, viewmats, Ks, degree, channels, shape)
+    if odd or not (with_sh or math.isfinite(colors.detach().sum())):
+        parameters = {"means": means, "quats": quats, "scales": scales, "opacities": opacities, "colors": colors}
+        views = {"viewmats": viewmats, "Ks": Ks, "backgrounds": backgrounds}
+        checks.values({**parameters, **views, "sh_degree": sh_degree})
     radii, means2d, depths, conics, dimmed, shaded = splats
     if with_sh:
         features = shaded
@@ -66,7 +71,8 @@ def rasterize(
     elif render_mode not in ("RGB", "D", "ED"):
         backgrounds = nnf.pad(backgrounds, (0, 1))
     options = (width, height, divide, absgrad)
-    image, alphas = _Composite.apply(means2d, conics, features, dimmed, backgrounds, radii, depths, options)  # pyright: ignore
+    splats = (means2d, conics, features, dimmed, backgrounds, radii, depths)
+    image, alphas = _Composite.apply(*splats, options)  # pyright: ignore
     return image, alphas, meta(radii, means2d, depths, conics, dimmed, width, height)
 
 
@@ -81,32 +87,29 @@ def project(
     degree: int,
     channels: int,
     shape: tuple[Any, ...],
-) -> tuple[Tensor, ...]:
+) -> tuple[tuple[Tensor, ...], bool]:
     """radii (c, n, 2) int32, means2d (c, n, 2), depths (c, n), conics (c, n, 3), dimmed opacities (c, n), see `twin`.
 
-    And colours (c, n, channels) of harmonics up to `degree`: none if that is -1; depth is the last of four.
+    And colours (c, n, channels) of harmonics up to `degree`: none if that is -1; depth is the last of four. And whether
+    a parameter is perhaps not finite, or a quaternion 0: the kernel looks at them while it reads them.
     """
     if coefficients is None:
         coefficients = means.new_zeros(len(means), 1, 0)
     odd = np.zeros(1, np.bool_)
     options = (degree, channels, shape, odd)
     splats = _Project.apply(means, quats, scales, opacities, coefficients, viewmats, Ks, options)
-    if odd[0]:
-        checks.values(
-            {"means": means, "quats": quats, "scales": scales, "opacities": opacities, "colors": coefficients}
-        )
-    return splats  # pyright: ignore
+    return splats, bool(odd[0])  # pyright: ignore
 
 
 def probe() -> None:
     """Draw one Gaussian; raises whatever numba raises where it cannot make vector code."""
     point, view = torch.tensor([[0.0, 0.0, 2.0]]), torch.eye(4)[None]
     quat, scale, opacity = torch.tensor([[1.0, 0.0, 0.0, 0.0]]), torch.full((1, 3), 0.1), torch.ones(1)
-    keys = ("means", "quats", "scales", "opacities", "colors", "viewmats", "Ks", "width", "height", "near_plane",
-            "far_plane", "radius_clip", "eps2d", "sh_degree", "backgrounds", "render_mode", "absgrad", "rasterize_mode")  # fmt: skip
-    values = (point, quat, scale, opacity, point, view, view[:, :3, :3], 16, 16, 0.01, 1e10, 0.0, 0.3, None, None, "RGB",
-              False, "classic")  # fmt: skip
-    rasterize(**dict(zip(keys, values, strict=True)))
+    rasterize(
+        means=point, quats=quat, scales=scale, opacities=opacity, colors=point, viewmats=view, Ks=view[:, :3, :3],
+        width=16, height=16, near_plane=0.01, far_plane=1e10, radius_clip=0.0, eps2d=0.3, sh_degree=None,
+        backgrounds=None, render_mode="RGB", absgrad=False, rasterize_mode="classic",
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- numpy and the kernels
@@ -303,7 +306,15 @@ def _sort(depths: np.ndarray, touched: np.ndarray, cameras: int) -> tuple[np.nda
     places = np.ascontiguousarray(places.reshape(len(parts), buckets))
     keys, order = memory.empty(int(limits[-1]), np.uint32), memory.empty(int(limits[-1]), np.int32)
     pool.run(binning.fill_buckets, len(parts), len(parts), parts, bits, touched, lows, shifts, places, keys, order)
-    pool.run(binning.sort_buckets, len(starts) - 1, pool.chunks_of(len(starts) - 1, 16), starts, np.repeat(shift, buckets), keys, order)
+    pool.run(
+        binning.sort_buckets,
+        len(starts) - 1,
+        pool.chunks_of(len(starts) - 1, 16),
+        starts,
+        np.repeat(shift, buckets),
+        keys,
+        order,
+    )
     return order, limits
 
 
@@ -322,7 +333,8 @@ class _Composite(torch.autograd.Function):
             pool.run(
                 compositing.composite, len(paired.tiles), pool.chunks_of(len(paired.tiles), 1), paired.tiles,
                 paired.records, paired.pairs, paired.starts, paired.masks, _array(backgrounds).reshape(-1),
-                image.reshape(-1), alphas.reshape(-1), transmittances, ends, *paired.grid, channels, first, F(ALPHA_MAX), divide,
+                image.reshape(-1), alphas.reshape(-1), transmittances, ends, *paired.grid, channels, first,
+                F(ALPHA_MAX), divide,
             )  # fmt: skip
         result = torch.from_numpy(image)
         ctx.save_for_backward(means2d, colors, opacities, backgrounds, result if divide else None)
@@ -352,8 +364,8 @@ class _Composite(torch.autograd.Function):
             )  # fmt: skip
             pool.run(
                 compositing.add_pairs, cameras * n, pool.chunks_of(cameras * n), paired.touched, paired.start,
-                paired.records, gradients, _array(opacities).reshape(-1), v_means2d.reshape(-1), v_conics.reshape(-1), v_opacities.reshape(-1),
-                v_colors.reshape(-1), v_abs.reshape(-1), channels, first, absgrad,
+                paired.records, gradients, _array(opacities).reshape(-1), v_means2d.reshape(-1), v_conics.reshape(-1),
+                v_opacities.reshape(-1), v_colors.reshape(-1), v_abs.reshape(-1), channels, first, absgrad,
             )  # fmt: skip
         if absgrad:
             means2d.absgrad = torch.from_numpy(v_abs)

@@ -12,28 +12,9 @@ import torch
 from torch import Tensor
 
 from splatedit.errors import InputError
-from splatedit.render.constants import TILE
+from splatedit.render import checks
 
-__all__ = ["BACKENDS", "rasterization"]
-
-RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
-RASTERIZE_MODES = ("classic", "antialiased")
-
-# what gsplat can do beyond the signature of `rasterization`, with the value that asks for nothing
-GSPLAT_ONLY = {
-    "covars": None,
-    "segmented": False,
-    "distributed": False,
-    "camera_model": "pinhole",
-    "with_ut": False,
-    "with_eval3d": False,
-    "radial_coeffs": None,
-    "tangential_coeffs": None,
-    "thin_prism_coeffs": None,
-    "ftheta_coeffs": None,
-    "rolling_shutter": None,
-    "viewmats_rs": None,
-}
+__all__ = ["BACKENDS", "rasterization", "warm"]
 
 
 def rasterization(
@@ -66,12 +47,12 @@ def rasterization(
     """Draw n 3D Gaussians in c pinhole cameras, as gsplat.rasterization does, with gsplat's names and defaults.
 
     means: (n, 3), scene units.
-    quats: (n, 4), wxyz, of any length but 0.
-    scales: (n, 3), standard deviations, above 0.
+    quats: (n, 4), wxyz, of any length but 0 (float32 allows 1e-18 to 1e18).
+    scales: (n, 3), standard deviations, at least 0.
     opacities: (n,), in [0, 1].
     colors: with `sh_degree` (0 to 3) coefficients of spherical harmonics (n, k, 3), k at least (sh_degree + 1)^2, of
         the colour max(SH + 1/2, 0); without it values (n, d) or (c, n, d) of any number of channels.
-    viewmats: (c, 4, 4), world to camera, OpenCV axes: x right, y down, z forward.
+    viewmats: (c, 4, 4), world to camera, OpenCV axes: x right, y down, z forward; the last row is (0, 0, 0, 1).
     Ks: (c, 3, 3) in pixels, the centre of the first pixel being at (0.5, 0.5). Not differentiable.
     width, height: pixels.
     near_plane, far_plane: a Gaussian whose centre is nearer or farther is not drawn. Scene units.
@@ -97,12 +78,13 @@ def rasterization(
     torch.get_num_threads() threads and gives the same bits with any number of them; it may be called from several
     threads at once, and in a forked child (where torch itself wants torch.set_num_threads(1)).
 
-    Raises InputError, naming the argument, for what is wrong or what the backend cannot do.
+    Raises InputError, naming the argument, for what is wrong or what the backend cannot do: NaN and infinities in any
+    tensor as well, of Gaussians that nobody sees too. Large and small finite numbers are drawn.
     """
     arguments = {k: v for k, v in locals().items() if k not in ("others", "backend")}
-    _check(**arguments)
+    checks.arguments(arguments)
     for name in others:
-        if name not in GSPLAT_ONLY:
+        if name not in checks.GSPLAT_ONLY:
             raise TypeError(f"rasterization() got an unexpected keyword argument {name!r}")
     return _backend(backend)(**arguments, **others)
 
@@ -123,11 +105,12 @@ def _gsplat(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
             f"rasterization: CUDA tensors need gsplat, which cannot be imported ({error}); "
             "`pip install splatedit[cuda]`, or move the tensors to the CPU."
         ) from error
+    checks.values(arguments)
     return gsplat_rasterization(**arguments)
 
 
 def _cpu(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    _refuse(arguments, "cpu")
+    checks.refuse(arguments, "cpu")
     means, colors = arguments["means"], arguments["colors"]
     if means.device.type != "cpu" or means.dtype != torch.float32:
         raise InputError(
@@ -136,16 +119,18 @@ def _cpu(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
         )
     if arguments["sh_degree"] is not None and colors.dim() == 4:
         raise InputError(
-            f'rasterization: colors {_shape(colors)} are SH coefficients per camera, which backend "cpu" has not; '
-            '(n, k, 3) expected, or backend "torch".'
+            f"rasterization: colors {checks.shape_of(colors)} are SH coefficients per camera, "
+            'which backend "cpu" has not; (n, k, 3) expected, or backend "torch".'
         )
+    checks.values(arguments, parameters=False)  # the kernels look at these while they read them
     return _compiled().rasterize(**arguments)
 
 
 def _torch(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
     from splatedit.render import twin
 
-    _refuse(arguments, "torch")
+    checks.refuse(arguments, "torch")
+    checks.values(arguments)
     return twin.rasterize(**arguments)
 
 
@@ -168,9 +153,18 @@ BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor, dict[str, Any]]]] = {
 
 @functools.cache
 def _compiled() -> ModuleType:
-    """The kernels, compiled on their first call. Importing numba takes a while, so it waits until here."""
+    """The kernels, of which some have run. Importing numba takes a while, so it waits until here.
+
+    Raises InputError where numba is missing or makes no vector code for this machine.
+    """
     try:
-        from splatedit.render import autograd
+        from splatedit.render import autograd, kernel_cache
+
+        try:
+            autograd.probe()
+        except Exception:  # perhaps machine code on disk that cannot be read: the second time without any
+            kernel_cache.clear()
+            autograd.probe()
     except Exception as error:  # a broken numba raises more than ImportError
         raise InputError(f'rasterization: backend "cpu" needs numba, which cannot be used here ({error}).') from error
     return autograd
@@ -178,16 +172,13 @@ def _compiled() -> ModuleType:
 
 @functools.cache
 def _can_compile() -> bool:
-    """Whether numba is there and makes vector code for this machine; warns, once, if not."""
+    """Whether the kernels run here; warns, once, if not."""
     try:
-        _compiled().probe()
+        _compiled()
         return True
-    except Exception as error:
+    except InputError as error:
         warnings.warn(f"splatedit draws with plain torch, which is slow: {error}", RuntimeWarning, stacklevel=4)
         return False
-
-
-# ---------------------------------------------------------------- what the user may get wrong
 
 
 def _backend(name: str) -> Callable[..., tuple[Tensor, Tensor, dict[str, Any]]]:
@@ -196,84 +187,33 @@ def _backend(name: str) -> Callable[..., tuple[Tensor, Tensor, dict[str, Any]]]:
     return BACKENDS[name]
 
 
-def _refuse(arguments: dict[str, Any], backend: str) -> None:
-    """What only gsplat can do."""
-    for name, neutral in GSPLAT_ONLY.items():
-        value = arguments.get(name, neutral)
-        if value is not neutral and value != neutral and getattr(value, "name", None) != "GLOBAL":
-            raise InputError(
-                f'rasterization: {name}={value!r} is something only backend "gsplat" can do; '
-                f'leave it out, or {neutral!r}, for backend "{backend}".'
-            )
-    if arguments["tile_size"] != TILE:
-        found = arguments["tile_size"]
-        raise InputError(
-            f'rasterization: tile_size={found} on backend "{backend}", which has tiles of {TILE} pixels only.'
-        )
+# ---------------------------------------------------------------- the first time
 
 
-def _shape(tensor: Tensor) -> str:
-    return f"({', '.join(map(str, tensor.shape))})"
+def warm(backward: bool = True) -> None:
+    """Compile the CPU renderer, or load it from disk, so that the first picture comes as fast as the next.
 
-
-def _check(**a: Any) -> None:
-    """Shapes, types and choices."""
-    tensors = ("means", "quats", "scales", "opacities", "colors", "viewmats", "Ks", "backgrounds")
-    for name in tensors:
-        if not isinstance(a[name], Tensor) and not (name == "backgrounds" and a[name] is None):
-            raise InputError(f"rasterization: {name} is a {type(a[name]).__name__} where a tensor is expected.")
-    means, viewmats, colors, degree = a["means"], a["viewmats"], a["colors"], a["sh_degree"]
-    if means.dim() != 2:
-        raise InputError(f"rasterization: means {_shape(means)} where (n, 3) is expected: no batch dimensions.")
-    n, c = means.shape[0], viewmats.shape[0] if viewmats.dim() else 0
-    expected = {"means": (n, 3), "quats": (n, 4), "scales": (n, 3), "opacities": (n,)}
-    expected |= {"viewmats": (c, 4, 4), "Ks": (c, 3, 3)}
-    for name, shape in expected.items():
-        if tuple(a[name].shape) != shape:
-            wanted = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
-            raise InputError(f"rasterization: {name} {_shape(a[name])} where {wanted} is expected.")
-    _check_colors(colors, degree, n, c)
-    if a["backgrounds"] is not None:
-        channels = 3 if degree is not None else colors.shape[-1]
-        if tuple(a["backgrounds"].shape) != (c, channels):
-            raise InputError(
-                f"rasterization: backgrounds {_shape(a['backgrounds'])} where ({c}, {channels}) is expected."
-            )
-    if c == 0:
-        raise InputError("rasterization: viewmats (0, 4, 4) where at least one camera is expected.")
-    for name in tensors:
-        t = a[name]
-        if t is not None and (t.dtype != means.dtype or t.device != means.device):
-            raise InputError(
-                f"rasterization: {name} is {t.dtype} on {t.device}, means is {means.dtype} on {means.device}; "
-                "the same is expected."
-            )
-    if means.dtype not in (torch.float32, torch.float64):
-        raise InputError(f"rasterization: means is {means.dtype} where torch.float32 is expected.")
-    for name, choices in (("render_mode", RENDER_MODES), ("rasterize_mode", RASTERIZE_MODES)):
-        if a[name] not in choices:
-            raise InputError(f"rasterization: {name} {a[name]!r} is not one of {', '.join(map(repr, choices))}.")
-    for name in ("packed", "sparse_grad"):
-        if a[name]:
-            raise InputError(f"rasterization: {name}=True is not supported; {name}=False is expected.")
-    for name in ("width", "height"):
-        if a[name] < 1:
-            raise InputError(f"rasterization: {name} {a[name]} where at least 1 pixel is expected.")
-
-
-def _check_colors(colors: Tensor, degree: int | None, n: int, c: int) -> None:
-    if degree is None:
-        if tuple(colors.shape[:-1]) not in ((n,), (c, n)) or colors.dim() < 2:
-            raise InputError(
-                f"rasterization: colors {_shape(colors)} where ({n}, d) or ({c}, {n}, d) is expected without sh_degree."
-            )
+    backward: what gradients need as well. Compiling takes about as long as the line says that it prints on stderr, once
+    on a machine: numba keeps the machine code in __pycache__, NUMBA_CACHE_DIR or the user's cache folder. Does nothing
+    where "auto" draws with plain torch.
+    """
+    if not _can_compile():
         return
-    if degree not in (0, 1, 2, 3):
-        raise InputError(f"rasterization: sh_degree {degree} is not one of 0, 1, 2, 3.")
-    k = (degree + 1) ** 2
-    shape = tuple(colors.shape)
-    if len(shape) < 3 or shape[-1] != 3 or shape[-2] < k or shape[:-2] not in ((n,), (c, n)):
-        raise InputError(
-            f"rasterization: colors {_shape(colors)} where ({n}, k, 3) with k at least {k} is expected "
-            f"for sh_degree {degree}."
-        )
+    n, size = 40, 24  # two whole blocks of Gaussians and a rest, two tiles and a rest
+    means = torch.linspace(-1, 1, 3 * n).reshape(n, 3) + torch.tensor([0.0, 0.0, 4.0])
+    scene: dict[str, Any] = dict(
+        means=means, quats=torch.ones(n, 4), scales=torch.full((n, 3), 0.1), opacities=torch.full((n,), 0.5)
+    )
+    scene |= dict(viewmats=torch.eye(4)[None], backgrounds=torch.zeros(1, 3))
+    colors = {3: torch.zeros(n, 16, 3), None: torch.zeros(n, 5)}  # SH, and features in more than one group of four
+    Ks = torch.tensor([[[size, 0.0, size / 2], [0.0, size, size / 2], [0.0, 0.0, 1.0]]])
+    more = ((3, {"render_mode": "RGB+ED"}), (None, {"backgrounds": None, "absgrad": True}))
+    with torch.inference_mode(False), torch.set_grad_enabled(backward):
+        for degree, options in more:
+            given: dict[str, Any] = {
+                k: v.clone().requires_grad_(backward) for k, v in (scene | {"colors": colors[degree]}).items()
+            }
+            given |= dict(Ks=Ks, width=size, height=size, sh_degree=degree, backend="cpu", **options)
+            image, alphas, _ = rasterization(**given)
+            if backward:
+                (image.sum() + alphas.sum()).backward()

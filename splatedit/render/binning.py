@@ -91,7 +91,7 @@ def recolor(begin, end, chunk, colors, touched, records, channels, first):
 
 # Depths are sorted by their bits, which for positive floats are in the order of the values (csrc/IntersectTile.cu does
 # the same), less the smallest: first into buckets by the leading bits, each part of the Gaussians with places of its
-# own in each bucket, then the buckets, which fit the nearest cache, by radix. Equal depths stay in the order of numbers.
+# own in each bucket; then the buckets, which fit the nearest cache, by radix. Equal depths stay in order of number.
 
 
 @kernel

@@ -7,6 +7,7 @@ of an array made here goes, when the last array or tensor on it is gone, to a li
 
 import math
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,9 @@ class _Loan:
         _give_back(self.block)
 
 
-def empty(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+def empty(shape: int | Sequence[int], dtype: Any = np.float32) -> np.ndarray:
     """An array of any content, C-contiguous, that begins at a cache line."""
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    shape = tuple(map(int, shape if isinstance(shape, Sequence) else (shape,)))
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size < SMALLEST:
         block = np.empty(size + 64, np.uint8)

@@ -11,8 +11,6 @@ in kernels are written F(2), float32: a bare 2.0 is float64, converted at every 
 LANES is chosen once, at import, by asking LLVM what registers this machine has: 16 with AVX-512, 8 with AVX, 4 with SSE
 or NEON. Kernels work on any of these: what has a size of its own (a record of 16 floats, a block of 4x4 pixels) is a
 multiple of it.
-
-After a change in this file delete `__pycache__/kernels*.nb*`: numba's cache on disk watches kernels.py alone.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOptionalCall=false

@@ -6,7 +6,8 @@ Any float type, any device, any derivative; slow. Written from the formulas of E
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -84,7 +85,8 @@ def meta(
 
 def rotation(quats: Tensor) -> Tensor:
     """Rotation matrices (..., 3, 3) of quaternions (..., 4), wxyz, of any length but 0."""
-    w, x, y, z = nnf.normalize(quats, dim=-1).unbind(-1)
+    largest = quats.detach().abs().amax(-1, keepdim=True)  # the squares of 1e-25 or 1e25 have no float32
+    w, x, y, z = nnf.normalize(quats / largest, dim=-1).unbind(-1)
     rows = [
         [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
         [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
@@ -129,12 +131,10 @@ def project(
     rows = [[fx / z_safe, zero, -fx * uc / z_safe], [zero, fy / z_safe, -fy * vc / z_safe]]
     jacobian = torch.stack([torch.stack(row, -1) for row in rows], -2)
     b = jacobian @ world_to_camera @ shape
-    covariance = b @ b.mT
-    cxx, cxy, cyy = covariance[..., 0, 0], covariance[..., 0, 1], covariance[..., 1, 1]
-    sharp = cxx * cyy - cxy * cxy
-    cxx, cyy = cxx + eps2d, cyy + eps2d
-    det = cxx * cyy - cxy * cxy
+    det = _ellipse(b.detach(), eps2d)[3]
     drawable = in_front & (det > 0) & (det < 1e38)
+    # what is not drawn must not bring the NaN of infinity minus infinity into the gradients, hence 0 before any square
+    cxx, cxy, cyy, det, sharp = _ellipse(torch.where(drawable[..., None, None], b, 0.0), eps2d)
     det = torch.where(drawable, det, 1.0)
     square = sharp / det
     # gsplat's gradient does not know of this bound, hence detach; 1e-12 keeps the root's gradient finite
@@ -151,6 +151,15 @@ def project(
         seen &= ((means2d + radii > 0) & (means2d - radii < size)).all(-1)
         radii = torch.where(seen[..., None], radii, 0.0).int()
     return radii, means2d, z, conics, compensations
+
+
+def _ellipse(b: Tensor, eps2d: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """xx, xy, yy and determinant of b b^T + eps2d 1, and the determinant of b b^T."""
+    covariance = b @ b.mT
+    xx, xy, yy = covariance[..., 0, 0], covariance[..., 0, 1], covariance[..., 1, 1]
+    sharp = xx * yy - xy * xy
+    xx, yy = xx + eps2d, yy + eps2d
+    return xx, xy, yy, xx * yy - xy * xy, sharp
 
 
 def basis(degree: int, directions: Tensor) -> Tensor:
@@ -219,42 +228,65 @@ def composite(
 def _composite_camera(
     splats: tuple[Tensor, ...], radii: Tensor, depths: Tensor, width: int, height: int, absolute: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    order = torch.argsort(depths.detach().float(), stable=True)
-    order = order[(radii[order] > 0).all(-1)]
-    low, high = splats[0].detach()[order] - radii[order], splats[0].detach()[order] + radii[order]
-    lines = []
-    for y in range(0, height, TILE):
-        line = []
-        for x in range(0, width, TILE):
-            corner = torch.tensor([x, y], dtype=low.dtype, device=low.device)
-            near = order[((high > corner) & (low < corner + TILE)).all(-1)]
-            line.append(_composite_tile(splats, near, x, y, min(TILE, width - x), min(TILE, height - y), absolute))
-        lines.append(torch.cat(line, 1))
-    image = torch.cat(lines, 0)
+    pieces = [_composite_tile(splats, tile, absolute) for tile in tiles(splats[0], radii, depths, width, height)]
+    columns = -(-width // TILE)
+    image = torch.cat([torch.cat(pieces[i : i + columns], 1) for i in range(0, len(pieces), columns)], 0)
     return image[..., :-1], image[..., -1:]
 
 
-def _composite_tile(
-    splats: tuple[Tensor, ...], near: Tensor, x: int, y: int, wide: int, high: int, absolute: Tensor | None
-) -> Tensor:
-    """(high, wide, d + 1): the channels without background, and alpha, of the pixels whose first corner is (x, y)."""
-    means2d, conics, colors, opacities = (t[near] for t in splats)
+class Tile(NamedTuple):
+    """A rectangle of pixels and what may be seen in it."""
+
+    near: Tensor  # numbers of the Gaussians whose box touches it, nearest first, equal depths by number
+    x: int  # first column, pixels
+    y: int  # first row
+    wide: int  # pixels
+    high: int
+
+
+def tiles(means2d: Tensor, radii: Tensor, depths: Tensor, width: int, height: int) -> Iterator[Tile]:
+    """The tiles of one camera's picture, row by row. means2d (n, 2), radii (n, 2), depths (n,)."""
+    order = torch.argsort(depths.detach().float(), stable=True)
+    order = order[(radii[order] > 0).all(-1)]
+    low, high = means2d.detach()[order] - radii[order], means2d.detach()[order] + radii[order]
+    for y in range(0, height, TILE):
+        for x in range(0, width, TILE):
+            corner = torch.tensor([x, y], dtype=low.dtype, device=low.device)
+            near = order[((high > corner) & (low < corner + TILE)).all(-1)]
+            yield Tile(near, x, y, min(TILE, width - x), min(TILE, height - y))
+
+
+def blend(
+    means2d: Tensor, conics: Tensor, opacities: Tensor, tile: Tile, absolute: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Blending weights alpha T (m, p) of the m Gaussians near a tile in its p pixels, row by row; T (p,) at the end.
+
+    absolute: (n, 2), to which backward adds the absolute gradients of means2d.
+    """
     options: Any = dict(dtype=means2d.dtype, device=means2d.device)
-    rows, columns = torch.arange(y, y + high, **options), torch.arange(x, x + wide, **options)
+    rows = torch.arange(tile.y, tile.y + tile.high, **options)
+    columns = torch.arange(tile.x, tile.x + tile.wide, **options)
     pixels = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1).reshape(-1, 2) + 0.5
-    offset = means2d[:, None] - pixels  # (n, pixels, 2)
+    offset = means2d[tile.near, None] - pixels  # (m, p, 2)
     if absolute is not None and offset.requires_grad:
-        offset.register_hook(lambda v: _collect(absolute, near, v))
+        offset.register_hook(lambda v: _collect(absolute, tile.near, v))
     dx, dy = offset.unbind(-1)
-    a, b, c = conics[:, None].unbind(-1)
+    a, b, c = conics[tile.near, None].unbind(-1)
     sigma = 0.5 * (a * dx * dx + c * dy * dy) + b * dx * dy
-    alpha = (opacities[:, None] * torch.exp(-sigma.clamp_min(0))).clamp_max(ALPHA_MAX)
+    alpha = (opacities[tile.near, None] * torch.exp(-sigma.clamp_min(0))).clamp_max(ALPHA_MAX)
     alpha = torch.where((sigma >= 0) & (alpha >= ALPHA_MIN), alpha, 0.0)
     # T only falls, so "at or below T_STOP after this one" holds for the one that ends the pixel and all behind it
     alpha = torch.where((1 - alpha).cumprod(0) > T_STOP, alpha, 0.0)
     after = torch.cat([torch.ones_like(pixels[None, :, 0]), (1 - alpha).cumprod(0)])
-    image = torch.einsum("np,nd->pd", alpha * after[:-1], colors)
-    return torch.cat([image, 1 - after[-1:].T], -1).reshape(high, wide, -1)
+    return alpha * after[:-1], after[-1]
+
+
+def _composite_tile(splats: tuple[Tensor, ...], tile: Tile, absolute: Tensor | None) -> Tensor:
+    """(high, wide, d + 1): the channels of a tile without background, and alpha."""
+    means2d, conics, colors, opacities = splats
+    weights, end = blend(means2d, conics, opacities, tile, absolute)
+    image = torch.einsum("np,nd->pd", weights, colors[tile.near])
+    return torch.cat([image, 1 - end[:, None]], -1).reshape(tile.high, tile.wide, -1)
 
 
 def _collect(absolute: Tensor, near: Tensor, v: Tensor) -> None:

@@ -642,7 +642,7 @@ def test_mcmc_strategy_moves_the_dead_and_grows_to_its_cap_on_a_cpu():
     gsplat = pytest.importorskip("gsplat")
     options: dict[str, Any] = {
         "refine_start_iter": 20,
-        "refine_every": 10,
+        "refine_every": 7,
         "refine_stop_iter": 141,
         "cap_max": 80,
         "min_opacity": 0.05,

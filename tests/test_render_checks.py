@@ -204,6 +204,7 @@ ENDS: dict[str, Callable[[Gaussians], object]] = {
     "one axis of log-scale 80": lambda g: g.scales[:6, 1].fill_(80),
     "one axis of log-scale 20": lambda g: g.scales[:6, 1].fill_(20),
     "two axes of log-scale 80, one of -200": lambda g: g.scales[:6].copy_(torch.tensor([80.0, -200.0, 80.0])),
+    "flat needles": lambda g: g.scales[:6].copy_(torch.tensor([4.8, -50.0, -45.0])),
     "logit 100": lambda g: g.opacities[:6].fill_(100),
     "logit -100": lambda g: g.opacities[:6].fill_(-100),
     "logit 1e30": lambda g: g.opacities[:6].fill_(1e30),

@@ -139,4 +139,5 @@ def start(key: str, weight: Tensor, generator: torch.Generator) -> None:
     if "lora_B" in key or "linear_2" in key or weight.ndim == 1:
         weight.zero_()
     else:
-        torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+        drawn = torch.empty(weight.shape, device=generator.device)
+        weight.copy_(torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))

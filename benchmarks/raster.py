@@ -225,6 +225,18 @@ def header(options: argparse.Namespace) -> Iterator[str]:
         yield f"WARNING: load {load:.1f} before the start: compare CPU times and ratios, not wall times"
 
 
+def meet(options: argparse.Namespace) -> Iterator[str]:
+    """Everybody is made ready; says who is left out, which only those may be that nobody asked for."""
+    options.everybody = []
+    for renderer in participants(options.peer, options.opensplat):
+        try:
+            options.everybody.append(warm(renderer))
+        except Exception as error:
+            if not renderer.uninvited:
+                raise
+            yield f"{renderer.name} left out: {type(error).__name__}: {error}"
+
+
 def table(options: argparse.Namespace) -> Iterator[str]:
     """Everybody in every row they can bear."""
     head = ("gaussians", "   pixels", " " * 12 + "pass", " " * 14 + "renderer", "  CPU ms", " wall ms", "CPU / ours")
@@ -483,7 +495,6 @@ def main() -> None:
     if options.memory_of:
         print(json.dumps(measure_memory(options)))
         return
-    options.everybody = [warm(renderer) for renderer in participants(options.peer, options.opensplat)]
     printed: list[str] = []
 
     def say(lines: Iterator[str]) -> None:
@@ -492,6 +503,7 @@ def main() -> None:
             printed.append(line)
 
     say(header(options))
+    say(meet(options))
     for name, section in SECTIONS.items():
         if options.all or getattr(options, name):
             say(iter(["", f"## {name}: {(section.__doc__ or '').splitlines()[0]}", ""]))

@@ -21,6 +21,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: its idle threads would count as CPU time
 
 import argparse
+import ctypes
 import datetime
 import gc
 import itertools
@@ -176,11 +177,13 @@ def memory(options: argparse.Namespace, name: str, r: Row, passes: Sequence[str]
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, int]:
-    """What that process does; what others would leave in it could be used again, and not be seen."""
+    """What that process does."""
     name, numbers, passes = json.loads(options.memory_of)
     renderer = next(p for p in participants(options.peer, options.opensplat) if p.name == name)
     functions = passes_of(warm(renderer), scene_of(Row(*numbers)))
     gc.collect()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc: what is freed but kept goes back, or it would be used and not be seen
     before, extra = resident("VmRSS"), {}
     for which in passes:
         if not reset_peak():

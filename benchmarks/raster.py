@@ -7,6 +7,7 @@
     python benchmarks/raster.py --all --save benchmarks/results/raster-MACHINE.txt
 
 start.py beside it measures how long a new process takes to its first picture.
+
 All pictures are RGB and expected depth, SH of degree 3, antialiased, with a background; gradients go to means, quats,
 scales, opacities and colours. Times are medians of repeats in which all participants take turns. CPU time is summed
 over threads: on a machine with other work compare that, and only within one run. Extra memory is the rise of the peak
@@ -20,6 +21,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: its idle threads would count as CPU time
 
 import argparse
+import ctypes
 import datetime
 import gc
 import itertools
@@ -53,7 +55,7 @@ LIMIT_ROWS = ("10kx256", "100kx256", "100kx512", "1Mx512")
 COUNTS, SIDES = (10_000, 30_000, 100_000, 300_000, 1_000_000, 2_000_000, 5_000_000), (256, 512, 1024, 2048)
 PASSES = ("forward", "forward+backward")
 QUICK = 50.0  # ms
-PATIENCE = 15.0  # seconds for one participant in one row; it gets fewer repeats then
+PATIENCE = 6.0  # seconds for one participant in one row; it gets fewer repeats then
 
 Call = Callable[[], Any]
 
@@ -147,8 +149,11 @@ def scene_of(r: Row, count: int = 1) -> Scene:
     return ball(r.gaussians, r.width, r.height, count=count)
 
 
-def ours() -> Renderer:
-    return participants([], None)[0]
+def warm(renderer: Renderer) -> Renderer:
+    """Compiled and loaded by a small picture."""
+    for function in passes_of(renderer, ball(300, 32, 32)).values():
+        function()
+    return renderer
 
 
 def repeats_for(r: Row, options: argparse.Namespace) -> int:
@@ -172,13 +177,13 @@ def memory(options: argparse.Namespace, name: str, r: Row, passes: Sequence[str]
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, int]:
-    """What that process does: everything is compiled and loaded by a small picture before memory is looked at."""
+    """What that process does."""
     name, numbers, passes = json.loads(options.memory_of)
     renderer = next(p for p in participants(options.peer, options.opensplat) if p.name == name)
-    for function in passes_of(renderer, ball(300, 32, 32)).values():
-        function()
-    functions = passes_of(renderer, scene_of(Row(*numbers)))
+    functions = passes_of(warm(renderer), scene_of(Row(*numbers)))
     gc.collect()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc: what is freed but kept goes back, or it would be used and not be seen
     before, extra = resident("VmRSS"), {}
     for which in passes:
         if not reset_peak():
@@ -223,15 +228,26 @@ def header(options: argparse.Namespace) -> Iterator[str]:
         yield f"WARNING: load {load:.1f} before the start: compare CPU times and ratios, not wall times"
 
 
+def meet(options: argparse.Namespace) -> Iterator[str]:
+    """Everybody is made ready; says who is left out, which only those may be that nobody asked for."""
+    options.everybody = []
+    for renderer in participants(options.peer, options.opensplat):
+        try:
+            options.everybody.append(warm(renderer))
+        except Exception as error:
+            if not renderer.uninvited:
+                raise
+            yield f"{renderer.name} left out: {type(error).__name__}: {error}"
+
+
 def table(options: argparse.Namespace) -> Iterator[str]:
     """Everybody in every row they can bear."""
     head = ("gaussians", "   pixels", " " * 12 + "pass", " " * 14 + "renderer", "  CPU ms", " wall ms", "CPU / ours")
     head += ("extra MiB", "of limit", "differs")
     yield aligned(head)
-    everybody = participants(options.peer, options.opensplat)
     for r in options.rows:
         scene = scene_of(r)
-        able = [p for p in everybody if p.bears(r.gaussians, r.width * r.height)]
+        able = [p for p in options.everybody if p.bears(r.gaussians, r.width * r.height)]
         functions = {(which, p.name): f for p in able for which, f in passes_of(p, scene).items()}
         timings = race(functions, repeats_for(r, options))
         limits = raster_limit.limits(raster_limit.work_of(scene))
@@ -268,7 +284,7 @@ def limit(options: argparse.Namespace) -> Iterator[str]:
         scene = scene_of(r)
         work = raster_limit.work_of(scene)
         limits = raster_limit.limits(work)
-        both = passes_of(ours(), scene)["forward+backward"]
+        both = passes_of(options.everybody[0], scene)["forward+backward"]
         timing, times = by_stage(both, repeats_for(r, options))
         yield (
             f"{' Gaussians, '.join(r.cells)} px: {work.visible} visible, {work.pairs} pairs ({work.live_pairs} live), "
@@ -313,24 +329,18 @@ def grow(what: str, rows: list[Row], options: argparse.Namespace) -> Iterator[st
         scene = scene_of(r)
         work = raster_limit.work_of(scene)
         amounts.append(work.visible if what == "visible Gaussians" else work.pixels)
-        timings.append(race(passes_of(ours(), scene), repeats_for(r, options)))
-    head = (
-        "gaussians",
-        "   pixels",
-        " " * 12 + "pass",
-        what,
-        "  CPU ms",
-        " ns each",
-        "/ middle",
-        "/ line",
-    )
+        timings.append(race(passes_of(options.everybody[0], scene), repeats_for(r, options)))
+    head = ("gaussians", "   pixels", " " * 12 + "pass", what, "  CPU ms", " ns each", "/ middle", "/ line")
+    head += ("page faults",)
     yield aligned(head)
     for which in PASSES:
         times = [timing[which].cpu for timing in timings]
         each = [1e6 * t / x for t, x in zip(times, amounts, strict=True)]
         for i, line in enumerate(line_through(amounts, times)):
-            shares = f"{each[i] / each[len(each) // 2]:.2f}", f"{times[i] / line:.2f}"
-            yield aligned(head, *rows[i].cells, which, amounts[i], f"{times[i]:.1f}", f"{each[i]:.1f}", *shares)
+            yield aligned(
+                head, *rows[i].cells, which, amounts[i], f"{times[i]:.1f}", f"{each[i]:.1f}",
+                f"{each[i] / each[len(each) // 2]:.2f}", f"{times[i] / line:.2f}", round(timings[i][which].faults),
+            )  # fmt: skip
 
 
 def line_through(x: Sequence[float], y: Sequence[float]) -> list[float]:
@@ -346,7 +356,7 @@ def threads(options: argparse.Namespace) -> Iterator[str]:
     head = ("gaussians", "   pixels", " " * 12 + "pass", "threads", "  CPU ms", " wall ms", "times as fast")
     yield aligned(head)
     for r in options.limit_rows:
-        passes = passes_of(ours(), scene_of(r))
+        passes = passes_of(options.everybody[0], scene_of(r))
         counts = sorted({1, options.num_threads})
         functions = {(which, n): on_threads(n, passes[which]) for which in PASSES for n in counts}
         timings = race(functions, repeats_for(r, options))
@@ -371,8 +381,8 @@ def several_cameras(options: argparse.Namespace) -> Iterator[str]:
     for r in options.limit_rows:
         together = scene_of(r, 4)
         cameras = [together | {k: together[k][c : c + 1] for k in ("viewmats", "Ks", "backgrounds")} for c in range(4)]
-        alone = [passes_of(ours(), scene) for scene in cameras]
-        functions = {(which, "4 in 1"): f for which, f in passes_of(ours(), together).items()}
+        alone = [passes_of(options.everybody[0], scene) for scene in cameras]
+        functions = {(which, "4 in 1"): f for which, f in passes_of(options.everybody[0], together).items()}
         functions |= {(which, "4 x 1"): one_by_one([passes[which] for passes in alone]) for which in PASSES}
         for (which, name), timing in race(functions, repeats_for(r, options)).items():
             yield aligned(head, *r.cells, which, name, f"{timing.cpu:.1f}", f"{timing.wall:.1f}")
@@ -452,9 +462,11 @@ def watched(section: Iterator[str]) -> Iterator[str]:
     began, used = state()
     yield from section
     now, used_now = state()
-    others = max((used_now - used) / (now - began) / (os.cpu_count() or 1), 0)
+    others = (used_now - used) / (now - began) / (os.cpu_count() or 1)
+    if math.isnan(others):
+        return
     warning = "; WARNING: not a quiet machine, compare CPU times and ratios only" if others > 0.05 else ""
-    yield f"{now - began:.0f} s; others used {others:.0%} of the processors meanwhile{warning}"
+    yield f"{now - began:.0f} s; others used {max(others, 0):.0%} of the processors meanwhile{warning}"
 
 
 def arguments() -> argparse.Namespace:
@@ -494,6 +506,7 @@ def main() -> None:
             printed.append(line)
 
     say(header(options))
+    say(meet(options))
     for name, section in SECTIONS.items():
         if options.all or getattr(options, name):
             say(iter(["", f"## {name}: {(section.__doc__ or '').splitlines()[0]}", ""]))

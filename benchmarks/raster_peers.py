@@ -20,6 +20,7 @@ from torch.nn import functional as nnf
 
 from splatedit.errors import InputError
 from splatedit.render import rasterization
+from splatedit.render.constants import ALPHA_MAX, ALPHA_MIN, T_STOP
 
 Scene = dict[str, Any]
 LEAVES = ("means", "quats", "scales", "opacities", "colors")
@@ -34,6 +35,7 @@ class Renderer(NamedTuple):
     most_pixels: float = math.inf
     mode: Scene = {}  # what of the scene it cannot do, and is compared with ours without
     against: str = "splatedit"  # the participant its ratio is formed with
+    uninvited: bool = False  # found on this machine; other versions of it may not work
 
     def bears(self, gaussians: int, pixels: int) -> bool:
         return gaussians <= self.most_gaussians and pixels <= self.most_pixels
@@ -91,7 +93,7 @@ def participants(modules: list[str], opensplat: str | None) -> list[Renderer]:
     """Ours first; then what is installed or pointed to."""
     found = [Renderer("splatedit", ours("cpu")), Renderer("torch twin", ours("torch"), 10_000, 512**2)]
     if importlib.util.find_spec("gsplat"):
-        found.append(Renderer("gsplat torch reference", gsplat_reference, 10_000, 256**2))
+        found.append(Renderer("gsplat torch reference", gsplat_reference, 10_000, 256**2, uninvited=True))
     found += [load(path) for path in modules]
     if opensplat:
         mode = {"render_mode": "RGB", "rasterize_mode": "classic"}
@@ -189,11 +191,11 @@ def _indices_in_range(
         dx, dy = (means2d.flatten(0, 1)[picks][:, None] - pixels - 0.5).unbind(-1)
         a, b, c = conics.flatten(0, 1)[picks][:, None].unbind(-1)
         sigma = 0.5 * (a * dx * dx + c * dy * dy) + b * dx * dy
-        alpha = (opacities.flatten()[picks][:, None] * torch.exp(-sigma)).clamp_max(0.999)
-        hit = (sigma >= 0) & (alpha >= 1 / 255)
+        alpha = (opacities.flatten()[picks][:, None] * torch.exp(-sigma)).clamp_max(ALPHA_MAX)
+        hit = (sigma >= 0) & (alpha >= ALPHA_MIN)
         image = number // per_image
         before = transmittances[image, pixels[:, 1], pixels[:, 0]]
-        hit &= torch.where(hit, 1 - alpha, 1.0).cumprod(0) * before > 1e-4
+        hit &= torch.where(hit, 1 - alpha, 1.0).cumprod(0) * before > T_STOP
         which, who = hit.T.nonzero(as_tuple=True)
         flat = image * width * height + pixels[:, 1] * width + pixels[:, 0]
         found.append(torch.stack([picks[who] % n, flat[which]]))

@@ -55,6 +55,8 @@ def cli() -> None:
 @setting("--solver", key="solver", metavar="NAME")
 @setting("--fpr-iters", key="fpr_iters", type=int, metavar="N")
 @setting("--fpr-lambda", key="fpr_lambda", type=float, metavar="NUMBER")
+@setting("--source-cache", key="source_cache", type=int, metavar="N")
+@setting("--cache-mb", key="cache_mb", type=float, metavar="NUMBER")
 @setting("-o", "--output-dir", key="output_dir", metavar="FOLDER")
 @setting("--device", key="device", metavar="NAME")
 @setting("--cameras", key="cameras", metavar="RIG")

@@ -17,14 +17,14 @@ from typing import Any
 from splatedit.errors import InputError
 from splatedit.tuning import RANGES
 
-GUIDANCES = ("ids", "dds", "cds", "pds", "dreamcatalyst", "sds", "sdi")  # the keys of guidance.GUIDANCE
+GUIDANCES = ("ids", "dds", "cds", "pds", "dreamcatalyst", "sds", "vsd", "sdi")  # the keys of guidance.GUIDANCE
 TIMESTEPS = ("uniform", "stratified", "annealed")  # of timesteps.TIMESTEPS
 SOLVERS = ("grad", "grad_polyak", "picard_null", "picard", "anderson")  # the keys of fpr.SOLVERS
 WEIGHTS = ("uniform", "sigma2", "fantasia3d", "x0")  # of score.WEIGHTS
 RIGS = ("orbit", "dome")  # the keys of cameras.RIGS
 UPS = ("+x", "-x", "+y", "-y", "+z", "-z")  # cameras.UPS
 TEXT = ("scene", "prompt", "source_prompt", "guidance", "model", "output_dir", "device", "cameras", "up")
-TEXT += ("weight", "timesteps", "solver")
+TEXT += ("weight", "timesteps", "solver", "cache_dir")
 
 
 def key(default: Any, help: str) -> Any:
@@ -66,6 +66,12 @@ class Config:
     weight: str | None = key(None, "w(t): uniform, sigma2, fantasia3d or x0; null: what the guidance's paper takes")
     identity_weight: float = key(1.0, "pds, dreamcatalyst: factor on what holds the edit at the source")
     pds_stride: int = key(2, "pds: 2 is the official code, 1 is weighted dds, more holds the source harder")
+    source_cache: int = key(
+        0, "records of the source kept for each camera, so that a step evaluates the edit alone; 0: off"
+    )
+    cache_refresh: int = key(0, "uses after which a record gives way to a new draw; 0: never")
+    cache_mb: float = key(256.0, "MiB of records in memory; the least recently used go first")
+    cache_dir: str | None = key(None, "folder that keeps the records too; run: in the run's own; null: memory only")
     cds_weight: float = key(3.0, "cds: weight of the contrastive loss")
     sdi_steps: int = key(10, "sdi: steps of an inversion through the whole schedule")
     sdi_scale: float | None = key(None, "sdi: guidance scale of the inversion; null: minus guidance_scale")
@@ -215,6 +221,9 @@ def check(config: Config) -> None:
         ("seed", 0, 2**63 - 1),
         ("fpr_iters", 0, math.inf),
         ("fpr_lambda", 0.0, math.inf),
+        ("source_cache", 0, 1000),
+        ("cache_refresh", 0, math.inf),
+        ("cache_mb", 0.0, math.inf),
         ("views_per_step", 1, math.inf),
         ("anneal", 0.0, 1.0),
         ("final_rate", 0.0, 1.0),

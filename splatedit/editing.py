@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,11 +19,15 @@ from splatedit.gaussians import Gaussians
 from splatedit.guidance import GUIDANCE, Request
 from splatedit.metrics import psnr
 from splatedit.scenes import Rates, Splats
+from splatedit.source_cache import SERVED, SourceCache, digest, fingerprint, source_side
 from splatedit.timesteps import PUBLISHED, check_draws, edit_draw
 from splatedit.tuning import Tuning, bind
 
 if TYPE_CHECKING:
     from splatedit.priors import Prior
+
+
+FPR_OPTIONS = ("iters", "lam", "solver", "t_range", "sphere", "keep_best", "stop")  # of ids that are of fpr.fpr
 
 
 class Step(NamedTuple):
@@ -41,6 +45,7 @@ class Step(NamedTuple):
     state: Callable[[], dict[str, Any]]  # everything that decides the next step; call it before taking that step
     fpr: FPR | None = None  # what fixed-point regularisation did in this step; None but for ids
     backwards: int = 0  # network rows through which gradients were sent back so far
+    cache: Mapping[str, int] = {}  # of the source cache so far: hits, filled, read, dropped; empty if it is off
 
 
 class Stopwatch:
@@ -80,6 +85,10 @@ def edit(
     solver: str = "grad",
     fpr_iters: int = 3,
     fpr_lambda: float = 1.0,
+    source_cache: int = 0,
+    cache_refresh: int = 0,
+    cache_mb: float = 256.0,
+    cache_dir: str | None = None,
     rates: Rates = Rates(),  # noqa: B008  (an immutable named tuple)
     final_rate: float = 0.1,
     average_last: float = 0.25,
@@ -98,6 +107,8 @@ def edit(
     drawn, a key of `timesteps.TIMESTEPS`, None what the guidance's paper does; anneal: how far the upper end falls by
     the last step (0 keeps it, 1 brings it down to the lower end). tuning: of single guidances. solver, a
     key of `fpr.SOLVERS`, and fpr_*: of ids, see `fpr.fpr`.
+    source_cache: records of the source kept for each camera, one for each of as many equal parts of t_range, so that a
+    step evaluates the edit alone; 0 is off. cache_*: see `source_cache.SourceCache`.
     rates fall to `final_rate` of themselves; the last `average_last` of the steps are averaged into the result.
     The same arguments give the same splats bit for bit on a CPU. Raises InputError for a mistake in an argument.
     """
@@ -107,6 +118,8 @@ def edit(
         raise InputError(f"guidance: {guidance!r} is not known; choose one of {', '.join(GUIDANCE)}.")
     if solver not in SOLVERS:
         raise InputError(f"solver: {solver!r} is not known; choose one of {', '.join(SOLVERS)}.")
+    if source_cache and guidance not in SERVED:
+        raise InputError(f"source_cache: {guidance} cannot use one; choose 0, or one of {', '.join(SERVED)}.")
     prior = model if isinstance(model, Prior) else load_prior(model, resolve_device(device), offline=offline)
     place = prior.device
     generator = torch.Generator(place).manual_seed(seed)
@@ -127,6 +140,14 @@ def edit(
     target_text, source_text = (repeat(prior.text([p]), views_per_step) for p in (prompt, source))
     if guidance == "ids":
         options |= {"iters": fpr_iters, "lam": fpr_lambda, "solver": solver}
+    cache = None
+    if source_cache:
+        told = prior.text([source])
+        refining = {k: v for k, v in options.items() if guidance == "ids" and k in FPR_OPTIONS}
+        key = digest(fingerprint(prior), told, prior.null(1), scale, sorted(refining.items()), seed)
+        limits = {"strata": source_cache, "refresh": cache_refresh, "megabytes": cache_mb, "folder": cache_dir}
+        fill = source_side(denoise, told, **refining)
+        cache = SourceCache(fill, latents, prior.alphas_cumprod, t_range, key, **limits)
     poses = camera_numbers(rig, extent).to(place)
     order = view_order(rig.n, steps * views_per_step, generator).view(steps, views_per_step)
     backwards = 0
@@ -144,6 +165,9 @@ def edit(
             at = {"done": index / max(steps - 1, 1), "drawn": index * views_per_step, "anneal": anneal}
             draw = edit_draw(way, prior.alphas_cumprod, z, t_range, generator, **at)
             request = Request(target_text, source_text, latents[chosen], camera=poses[chosen])
+            if cache is not None:
+                draw, score = cache(chosen, draw.t)
+                request = request._replace(source_score=score)
             if guidance == "ids":
                 options["history"] = history
             gradient = GUIDANCE[guidance](denoise, z.detach(), draw, request, **options)
@@ -165,22 +189,28 @@ def edit(
             gaussians=scene.result(),
             seconds=watch.seconds,
             evaluations=prior.evaluations,
-            backwards=backwards,
+            backwards=backwards + (cache.backwards if cache else 0),
+            cache=dict(cache.counts) if cache else {},
             residuals=drift(history[0].residuals, latents[chosen]) if history else [],
             fpr=history[0] if history else None,
             psnr_to_source=psnr(image.detach(), images[chosen]),
-            state=partial(state, scene, generator, index + 1, options.get("particle")),
+            state=partial(state, scene, generator, index + 1, options.get("particle"), cache),
         )
 
 
-def state(scene: Splats, generator: torch.Generator, done: int, particle: Any = None) -> dict[str, Any]:
+def state(
+    scene: Splats, generator: torch.Generator, done: int, particle: Any = None, cache: SourceCache | None = None
+) -> dict[str, Any]:
     """What a checkpoint holds: steps done, parameters, their running mean, Adam's moments, the generator's state.
 
-    particle: the denoiser that vsd trains along, which goes into it with its own optimiser.
+    particle: the denoiser that vsd trains along, which goes into it with its own optimiser. cache: how often each of
+    its records was used goes into it; the records can be made again.
     """
     learnt = {} if particle is None else {"particle": particle.state_dict()}
+    used = {} if cache is None else {"source_cache_visits": dict(cache.visits)}
     return {
         **learnt,
+        **used,
         "step": done,
         "parameters": {k: p.detach() for k, p in scene.parameters.items()},
         "mean": scene.mean,

@@ -270,9 +270,9 @@ def load_prior(
 ) -> Prior:
     """Load a model by name ("pocket"), diffusers folder or hub id, which is fetched unless the cache has it whole.
 
-    dtype: of the networks; None is float16 on CUDA and float32 elsewhere. offline: never ask the hub.
-    checkpointing: spend one more forward pass on each gradient through the unet to save most of its memory.
-    Raises InputError, in one line, for a model that is not there, not whole, or not of the family.
+    dtype: of the networks; None is float16 on CUDA and float32 elsewhere, where half precision works but is slow.
+    offline: never ask the hub. checkpointing: spend one more forward pass on each gradient through the unet to save
+    most of its memory. Raises InputError, in one line, for a model that is not there, not whole, or not of the family.
     """
     import torch
 

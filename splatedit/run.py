@@ -57,6 +57,7 @@ class Job(NamedTuple):
     source_prompt: str
     origin: str  # of the source prompt: "option", "sidecar", "model" or "none"
     up: str | None  # None: guessed by the rigs
+    folder: Path | None = None  # of this run
 
     @property
     def background(self) -> tuple[float, float, float]:
@@ -97,7 +98,7 @@ def run(config: Config, console: Console | None = None, command: Sequence[str] |
     with output_folder(config) as folder:
         save_config(config, folder / "config.yaml")
         (folder / "cmd.txt").write_text(shlex.join(command or sys.argv) + "\n", encoding="utf-8")
-        job = prepare(config, console)
+        job = prepare(config, console)._replace(folder=folder)
         log = optimise(job, console)
     record = write(job, console, folder, log)
     record["started"] = started.isoformat(timespec="seconds")
@@ -241,6 +242,9 @@ def options(job: Job) -> dict[str, Any]:
         "solver",
         "fpr_iters",
         "fpr_lambda",
+        "source_cache",
+        "cache_refresh",
+        "cache_mb",
         "views_per_step",
         "anneal",
         "timesteps",
@@ -249,6 +253,7 @@ def options(job: Job) -> dict[str, Any]:
     name, views = rig(config.cameras)
     return {
         **{k: getattr(config, k) for k in same},
+        "cache_dir": str(job.folder / "source_cache") if config.cache_dir == "run" and job.folder else config.cache_dir,
         "cameras": name,
         **({} if views is None else {"views": views}),
         "t_range": (config.t_range[0], config.t_range[1]),
@@ -332,6 +337,7 @@ def write(job: Job, console: Console, folder: Path, log: Log) -> dict[str, Any]:
         "all": job.prior.evaluations,
         "backward": log.last.backwards,
     }
+    record["source_cache"] = dict(log.last.cache)
     record["peak_memory_mib"] = peak_memory()
     write_json({"change": record["change"], "curve": curve(log)}, folder / "metrics.json")
     if pairs:

@@ -56,7 +56,9 @@ def bind(name: str, prior: Prior, generator: torch.Generator, tuning: Tuning = T
             raise InputError(
                 f"{key}: found {value}, expected {low} or more{f', at most {high}' * math.isfinite(high)}."
             )
-    weight = {} if tuning.weight is None or name in ("pds", "dreamcatalyst") else {"weight": tuning.weight}
+    if tuning.weight is not None and name in ("pds", "dreamcatalyst"):
+        raise InputError(f"weight: found {tuning.weight!r}, but {name} has weights of its own; use identity_weight.")
+    weight = {} if tuning.weight is None else {"weight": tuning.weight}
     return {**NEEDS[name](prior, generator, tuning), **weight}
 
 

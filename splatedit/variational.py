@@ -112,16 +112,15 @@ def adapted(unet: Any, rank: int, generator: torch.Generator, name: str = "unet"
     own generators are left as they are.
     """
     try:
-        with torch.random.fork_rng(devices=[]):  # peft draws starting values too, to be drawn again below
-            from diffusers.models.embeddings import TimestepEmbedding
-            from peft import LoraConfig, inject_adapter_in_model
+        from diffusers.models.embeddings import TimestepEmbedding
+        from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise InputError('guidance vsd: the package peft is missing; pip install "splatedit[vsd]".') from error
     if getattr(unet, "class_embedding", None) is not None:
         raise InputError(f"guidance vsd: {name} has class labels where the camera would go; use ids, dds or sds.")
     same = {id(part): part for part in (*unet.parameters(), *unet.buffers())}
     twin = copy.deepcopy(unet, same)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # both draw starting values, which are drawn again below
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=LAYERS), twin)
         twin.class_embedding = TimestepEmbedding(CAMERA, unet.time_embedding.linear_2.out_features)
     twin.class_embedding.to(next(unet.parameters()).device)
@@ -140,4 +139,5 @@ def start(key: str, weight: Tensor, generator: torch.Generator) -> None:
     if "lora_B" in key or "linear_2" in key or weight.ndim == 1:
         weight.zero_()
     else:
-        torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+        drawn = torch.empty(weight.shape, device=generator.device)
+        weight.copy_(torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))

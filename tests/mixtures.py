@@ -86,9 +86,9 @@ class Seen:
             self.lists.pop()
 
 
-def toy_prior(seen):
+def toy_prior(seen, table=None):
     """As much of a Prior as `tuning.bind` asks for, around a Seen MixtureDenoiser."""
-    table = seen.network.alphas_cumprod
+    table = seen.network.alphas_cumprod if table is None else table
     return SimpleNamespace(
         alphas_cumprod=table, self_attention=seen.self_attention, particle=lambda *_: OneGaussian(table, 0.02)
     )

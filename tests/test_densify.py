@@ -37,10 +37,10 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def gaussians(n: int, seed: int = 0) -> dict[str, Tensor]:
-    """Leaf tensors as a splat file holds them, `label` among them, which nothing optimises."""
+    """Leaf tensors as a splat file holds them, and two that nothing optimises: `frozen`, and a number, `label`."""
     g = generator(seed)
     parameters = {k: torch.randn(n, *shape, generator=g).requires_grad_() for k, shape in SHAPES.items()}
-    return {**parameters, "label": torch.arange(n)}
+    return {**parameters, "frozen": torch.randn(n, 2, generator=g), "label": torch.arange(n)}
 
 
 def pull(parameters: Any, optimizer: torch.optim.Optimizer, seed: int) -> None:
@@ -111,8 +111,9 @@ def test_what_the_optimiser_remembers_follows_the_rows(name: str, kind: str):
     assert len(parameters["means"]) == COUNTS[name]
     assert_rows_follow(before, snapshot(parameters, optimizer), rows)
     assert torch.equal(parameters["label"], rows.source), "what nobody optimises follows as well"
+    assert {k for k, p in parameters.items() if p.requires_grad} == set(SHAPES)
     groups = {g["name"]: g["params"] for g in optimizer.param_groups}
-    assert all(groups[k] == [p] or groups[k][0] is p for k, p in parameters.items() if p.requires_grad)
+    assert all(len(groups[k]) == 1 and groups[k][0] is parameters[k] for k in SHAPES)
     assert set(optimizer.state) <= {p for p in parameters.values()}, "nothing is left of the old tensors"
 
 
@@ -225,6 +226,9 @@ def test_split_keeps_alpha_on_request():
     densify.split(parameters, [], torch.ones(50, dtype=torch.bool), generator(), same_alpha=True)
     two = parameters["opacities"].detach().sigmoid().reshape(2, 50)
     torch.testing.assert_close(1 - (1 - two[0]) * (1 - two[1]), one)
+    solid = {**gaussians(3), "opacities": torch.full((3,), 50.0)}
+    densify.split(solid, [], torch.ones(3, dtype=torch.bool), generator(), same_alpha=True)
+    assert (solid["opacities"] > 15).all() and torch.isfinite(solid["opacities"]).all()
 
 
 def test_an_edit_may_grow_where_it_looks_and_nowhere_else():
@@ -427,6 +431,13 @@ def test_added_ones_are_copies_and_none_is_below_the_floor():
         faint["opacities"][:] = -5.0
     densify.add(faint, [], 60, generator(), min_opacity=0.005)
     assert faint["opacities"].detach().sigmoid().min() >= 0.005 * (1 - 1e-6)
+
+
+def test_a_weight_of_nothing_is_never_drawn(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(*shape, dtype=torch.float64))
+    assert densify._draw(torch.tensor([0.0, 0.0, 1.0, 2.0]), 3, None).tolist() == [2, 2, 2], "the smallest number"
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, 1 - 2.0**-53, dtype=torch.float64))
+    assert densify._draw(torch.tensor([0.3, 0.2, 0.1, 0.0]), 3, None).tolist() == [2, 2, 2], "the largest"
 
 
 def test_nothing_to_do_changes_nothing():
@@ -684,9 +695,12 @@ def test_mcmc_strategy_refines_when_gsplat_would():
         assert not torch.equal(params["means"][: len(means)], means), "noise"
     strategy.noise_injection_stop_iter = 5
     params = torch.nn.ParameterDict({k: p for k, p in gaussians(10).items() if p.requires_grad})
+    with torch.no_grad():
+        params["opacities"][:] = -9.0
     means = params["means"].detach().clone()
-    strategy.step_post_backward(params, {}, {}, 5, {}, lr=1.0)
-    assert torch.equal(params["means"], means)
+    for step, moves in ((5, False), (4, True)):
+        strategy.step_post_backward(params, {}, {}, step, {}, lr=1e-6)
+        assert torch.equal(params["means"], means) != moves
 
 
 def test_without_gsplat_mcmc_strategy_says_what_to_do(monkeypatch: pytest.MonkeyPatch):

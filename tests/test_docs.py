@@ -104,6 +104,14 @@ def test_every_module_is_in_the_architecture_table():
         assert path.name.startswith("__") or f"`{path.name}`" in text, path.name
 
 
+def test_usage_python_runs():
+    (code,) = re.findall(r"^```python\n(.*?)^```", USAGE, re.M | re.S)
+    assert "range(100)" in code
+    names: dict = {}
+    exec(compile(code.replace("range(100)", "range(2)"), "usage.md", "exec"), names)
+    assert names["pictures"].shape == (1, 3, 128, 128) and not names["z"].equal(names["z_source"])
+
+
 def test_readme_python_runs(scene_file, tiny_model, tmp_path, monkeypatch):
     (code,) = blocks("python")
     for old, new in (

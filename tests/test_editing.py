@@ -18,6 +18,7 @@ from splatedit.metrics import change_report
 from splatedit.priors import Prior
 from splatedit.render import render
 from splatedit.scenes import Rates
+from splatedit.source_cache import SERVED
 from splatedit.tuning import Tuning
 
 
@@ -217,3 +218,56 @@ def test_drift_is_relative_to_the_latents():
     z = torch.full((2, 1, 2, 2), 3.0)  # norm 6
     assert drift(torch.tensor([[6.0, 3.0], [3.0, 0.0]]), z) == pytest.approx([0.75, 0.25])
     assert drift(torch.tensor([[6.0, math.nan]]), z) == pytest.approx([1.0]), "a view that was not refined"
+
+
+# -------------------------------------------------------------------------------------------------------- source cache
+def test_a_cached_edit_reaches_the_target_for_one_evaluation_of_the_edit(red, prior):
+    steps = run(red, prior, guidance="ids", source_cache=2, steps=40, rates=Rates(sh0=0.05))
+    before, after = color(red), color(steps[-1].gaussians)
+    assert after[0] < before[0] - 0.05 and after[2] > before[2] + 0.05
+    spent = [steps[0].evaluations, *(b.evaluations - a.evaluations for a, b in zip(steps, steps[1:], strict=False))]
+    filled = steps[-1].cache["filled"]
+    # A record is three guided calls for the noise and one for the score; a step, one for each of two views.
+    assert sum(spent) == 40 * 2 * 2 + filled * 8 and filled <= 8 * 2 and spent[-1] == 4
+    assert steps[-1].backwards == filled * 6 and steps[-1].cache["hits"] == 80 - filled
+    assert len(steps[-1].residuals) == 1
+
+
+@pytest.mark.parametrize("guidance", SERVED)
+def test_forgetting_or_finding_records_changes_no_edit(guidance, red, prior, tmp_path):
+    options = {"guidance": guidance, "source_cache": 2, "cache_refresh": 2, "steps": 6, "views": 4}
+    whole, poor, cold, warm = (
+        run(red, prior, **options, **more)[-1]
+        for more in ({}, {"cache_mb": 0}, {"cache_dir": str(tmp_path)}, {"cache_dir": str(tmp_path)})
+    )
+    for other in (poor, cold, warm):
+        assert torch.equal(whole.gaussians.sh0, other.gaussians.sh0)
+    assert poor.cache["hits"] == 0 < whole.cache["hits"] and warm.cache["filled"] == 0 == cold.cache["read"]
+    assert not torch.equal(whole.gaussians.sh0, run(red, prior, **{**options, "source_cache": 0})[-1].gaussians.sh0)
+
+
+def test_records_serve_another_target_but_no_other_source_seed_scale_or_solver(red, prior, tmp_path):
+    options = {"guidance": "ids", "source_cache": 1, "cache_dir": str(tmp_path), "steps": 2, "views": 2}
+    run(red, prior, **options)
+
+    def read(prompt="blue", source="red", **more):
+        step = list(edit(red, prompt, source, model=prior, supersample=1, **{**options, **more}))[-1]
+        return step.cache["read"]
+
+    assert read() == read(prompt="red") == read(steps=4) == 2
+    others = ({"source": "blue"}, {"seed": 1}, {"guidance_scale": 3.0}, {"solver": "picard"}, {"fpr_iters": 1})
+    assert [read(**other) for other in others] == [0] * 5
+    assert read(guidance="dds") == 0 and read(guidance="pds") == 2, "unrefined noise serves both"
+
+
+def test_a_checkpoint_knows_how_often_records_were_used(red, prior, tmp_path):
+    last = run(red, prior, guidance="ids", source_cache=1, steps=8, views=4)[-1]
+    torch.save(last.state(), tmp_path / "a.pt")
+    visits = torch.load(tmp_path / "a.pt", weights_only=True)["source_cache_visits"]
+    assert visits == {(view, 0): 4 for view in range(4)}
+
+
+def test_a_guidance_without_a_source_side_has_no_use_for_a_cache(red, prior):
+    for guidance in set(GUIDANCE) - set(SERVED):
+        with pytest.raises(InputError, match=f"source_cache: {guidance} cannot use one; choose 0, or one of ids"):
+            run(red, prior, guidance=guidance, source_cache=1)

@@ -8,7 +8,18 @@ from mixtures import F64, SCALE, SHAPE, SIZE, WIDTH, Affine, Modes, Seen, draw_a
 from torch import nn
 from torch.autograd.functional import jacobian
 
-from splatedit.diffusion import Draw, MixtureDenoiser, guided, repeat, sample_draw, scaled_linear, scales
+from splatedit.diffusion import (
+    PREDICTIONS,
+    Draw,
+    MixtureDenoiser,
+    guided,
+    pick,
+    repeat,
+    sample_draw,
+    scaled_linear,
+    scales,
+    to_eps_x0,
+)
 from splatedit.guidance import GUIDANCE, Request, dds, fpr, ids, push, sds
 from splatedit.tuning import bind
 
@@ -365,3 +376,35 @@ def test_every_guidance_moves_every_scene_to_the_target(name, scene):
         optimizer.step()
     miss = (scene().mean((0, 2, 3)) - BLUE).norm()
     assert miss < 0.5 * (RED - BLUE).norm(), f"{name}: still {miss:.2f} from the target"
+
+
+@pytest.mark.parametrize("prediction", [p for p in PREDICTIONS if p not in ("epsilon", "flow")])
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_gradients_do_not_depend_on_what_the_network_predicts(name, prediction, modes):
+    """The same exact scores, once as noise and once through a network of another kind (`flow` has another schedule)."""
+
+    def network(x, t, text):
+        ehat = modes.mixture(x, t, text)
+        a, s = scales(scaled_linear(), t, x)
+        output = (ehat - s * x) / a if prediction == "v_prediction" else (x - s * ehat) / a
+        return to_eps_x0(output, x, a, s, prediction)[0]
+
+    z, draw = normal(2, *SHAPE, seed=5), draw_at([300, 800], normal(2, *SHAPE, seed=6))
+    request, grads = modes.request(normal(2, *SHAPE, seed=7)), []
+    for one in (modes.mixture, network):
+        seen = Seen(one)
+        options = bind(name, toy_prior(seen, scaled_linear()), seeded())
+        grads.append(GUIDANCE[name](guided(seen, modes.null, SCALE), z, draw, request, **options))
+    exact(grads[0], grads[1], atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["sds", "dds", "cds", "pds", "dreamcatalyst"])
+def test_samples_of_a_batch_know_nothing_of_each_other(name, modes):
+    z, draw = normal(2, *SHAPE, seed=5), draw_at([300, 800], normal(2, *SHAPE, seed=6))
+    request, seen = modes.request(normal(2, *SHAPE, seed=7)), Seen(modes.mixture)
+    denoise, options = guided(seen, modes.null, SCALE), bind(name, toy_prior(seen), seeded())
+    together = GUIDANCE[name](denoise, z, draw, request, **options)
+    for row in range(2):
+        one = torch.tensor([row])
+        lone = Request(pick(request.target, one), pick(request.source, one), request.z_source[one])
+        exact(together[one], GUIDANCE[name](denoise, z[one], draw.pick(one), lone, **options))

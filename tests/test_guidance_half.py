@@ -105,6 +105,7 @@ def test_a_model_without_a_null_prompt_takes_no_guidance_scale_but_one(way, clou
         ({"t_range": (0.5, 1.2)}, r"t_range: found \[0.5, 1.2\]"),
         ({"timesteps": "falling"}, "timesteps: 'falling' is not known"),
         ({"tuning": Tuning(weight="snr")}, "weight: found 'snr', expected one of uniform, sigma2"),
+        ({"tuning": Tuning(weight="x0"), "guidance": "pds"}, "weight: found 'x0', but pds has weights of its own"),
         ({"tuning": Tuning(cds_weight=-1.0)}, "cds_weight: found -1.0, expected 0.0 or more"),
         ({"tuning": Tuning(pds_stride=0)}, "pds_stride: found 0, expected 1 or more"),
         ({"fpr_iters": -1}, "-1"),

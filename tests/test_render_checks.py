@@ -18,6 +18,8 @@ import numba
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from raster_scenes import cloud, to
 from torch import Tensor
 
@@ -204,6 +206,7 @@ ENDS: dict[str, Callable[[Gaussians], object]] = {
     "one axis of log-scale 80": lambda g: g.scales[:6, 1].fill_(80),
     "one axis of log-scale 20": lambda g: g.scales[:6, 1].fill_(20),
     "two axes of log-scale 80, one of -200": lambda g: g.scales[:6].copy_(torch.tensor([80.0, -200.0, 80.0])),
+    "flat needles": lambda g: g.scales[:6].copy_(torch.tensor([4.8, -50.0, -45.0])),
     "logit 100": lambda g: g.opacities[:6].fill_(100),
     "logit -100": lambda g: g.opacities[:6].fill_(-100),
     "logit 1e30": lambda g: g.opacities[:6].fill_(1e30),
@@ -227,6 +230,32 @@ def test_no_nan_at_the_edges(end: str, backend: str, antialiased: bool):
     ENDS[end](gaussians)
     for name, found in picture_and_gradients(gaussians, backend, antialiased).items():
         assert found.isfinite().all(), f"{name}: {int((~found.isfinite()).sum())} of {found.numel()}"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@settings(max_examples=15, derandomize=True, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    log_scale=st.sampled_from([(-90, 88), (-10, 30), (-20, 5)]),
+    distance=st.sampled_from([(0, 0), (-20, 85)]),
+    length=st.sampled_from([(0, 0), (-35, 35)]),
+    antialiased=st.booleans(),
+)
+def test_no_nan_at_any_magnitude(
+    seed: int, log_scale: tuple[int, int], distance: tuple[int, int], length: tuple[int, int], antialiased: bool,
+    backend: str,
+):  # fmt: skip
+    """All three as natural logarithms, drawn evenly between two bounds."""
+    gaussians, generator = ball(), torch.Generator().manual_seed(seed)
+
+    def between(bounds: tuple[int, int], *shape: int) -> Tensor:
+        return bounds[0] + (bounds[1] - bounds[0]) * torch.rand(shape, generator=generator)
+
+    gaussians.scales.copy_(between(log_scale, 24, 3))
+    gaussians.means.mul_(between(distance, 24, 1).exp())
+    gaussians.quats.mul_(between(length, 24, 1).exp())
+    for name, found in picture_and_gradients(gaussians, backend, antialiased).items():
+        assert found.isfinite().all(), name
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])

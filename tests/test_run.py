@@ -347,6 +347,16 @@ def test_a_terminal_gets_a_bar(config, monkeypatch, few_frames):
     assert "3/3" in said(console) and "loss 0.5" in said(console) and "s/step" in said(console)
 
 
+def test_a_source_cache_on_disk_lies_with_the_run_if_asked(config, few_frames):
+    from dataclasses import replace
+
+    outcome = run(replace(config, source_cache=1, cache_dir="run", solver="picard_null"), shout())
+    counts = outcome.record["source_cache"]
+    assert counts["filled"] == len(list((outcome.folder / "source_cache").iterdir())) == 3
+    assert counts["hits"] == 3 * 2 - 3 and outcome.record["network_evaluations"]["backward"] == 0
+    assert load_config(outcome.folder / "config.yaml").cache_dir == "run"
+
+
 def test_curve_of_an_edit_without_drift():
     from splatedit.run import Log
 

@@ -330,9 +330,8 @@ def screen_gradients(meta: Mapping[str, Any], *, absgrad: bool = False) -> tuple
             f"screen_gradients: means2d has no {'absgrad' if absgrad else 'grad'}; {hint} before backward()."
         )
     half = torch.tensor([meta["width"], meta["height"]], dtype=gradient.dtype, device=gradient.device) / 2
-    seen = (meta["radii"] > 0).all(-1)
-    pull = (gradient * half * meta["n_cameras"]).norm(dim=-1)
-    return torch.where(seen, pull, 0).sum(0), seen.sum(0)
+    pull = (gradient * half * meta["n_cameras"]).norm(dim=-1)  # 0 where a camera does not see it
+    return pull.sum(0), (meta["radii"] > 0).all(-1).sum(0)
 
 
 # ---------------------------------------------------------------- small things

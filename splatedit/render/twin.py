@@ -138,7 +138,8 @@ def project(
     det = torch.where(drawable, det, 1.0)
     square = sharp / det
     # gsplat's gradient does not know of this bound, hence detach; 1e-12 keeps the root's gradient finite
-    square = square + (square.clamp_min(max(MIN_COMPENSATION**2, 1e-12)) - square).detach()
+    least = max(MIN_COMPENSATION**2, 1e-12)
+    square = torch.where(square < least, least + (square - square.detach()), square)
     compensations = square.sqrt()
     means2d = torch.stack([fx * u + cx, fy * v + cy], -1)
     conics = torch.stack([cyy / det, -cxy / det, cxx / det], -1)

@@ -125,6 +125,6 @@ def rotation(q):
 @inline
 def aligned(size):
     """Uninitialised floats from the start of a cache line on: a vector across two lines costs half as much again."""
-    memory = np.empty(size + LANES, np.float32)
+    memory = np.empty(size + 16, np.float32)
     skip = ((64 - (memory.ctypes.data & 63)) & 63) >> 2
     return memory[skip : skip + size]

@@ -3,7 +3,7 @@
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 from splatedit.render.algebra import F, inline
-from splatedit.render.simd import LANES, stream_transposed, transpose, vgather, vload, vmax, vscatter, vsqrt, vstore
+from splatedit.render.simd import LANES, prefetch, stream_transposed, transpose, vgather, vload, vmax, vscatter, vsqrt, vstore
 
 
 @inline
@@ -16,7 +16,12 @@ def direction(p, eye):
 
 @inline
 def load_rows(array, i, width, block):
-    """block[16 m : 16 m + 16] = number m of the rows i .. i + 15, each of `width` floats."""
+    """block[LANES m : LANES (m + 1)] = number m of the LANES rows from i on, each of `width` floats.
+
+    The rows that come next are asked for: hardware looks ahead no farther than a page, which holds 21 rows of degree 3.
+    """
+    for at in range((i + LANES) * width, (i + 2 * LANES) * width, 16):
+        prefetch(array, at)
     whole = width // LANES * LANES
     for m in range(0, whole, LANES):
         transpose(array, i * width + m, width, block, m * LANES, LANES)

@@ -1,6 +1,6 @@
 """Does the network find the source again? Posterior-mean drift |z_src - zhat| / |z_src| after each solver of FPR.
 
-    python benchmarks/drift.py [--scene scenes/cat.ply --source "a cat"] [--scale 3] [--model pocket] [--output out.json]
+    python benchmarks/drift.py [--scene scenes/cat.ply --source "a cat"] [--scale 3] [--model pocket]
 
 Drift is of the guided score under the source prompt, mean over views and draws of noise, the same draws for all rows.
 Beside it stand what the noise has become (rms and kurtosis, 1 and 3 if untouched) and what it cost: network rows

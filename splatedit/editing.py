@@ -100,11 +100,11 @@ def edit(
     cameras, or Cameras of the prior's picture size. t_range: fractions of the noise schedule; timesteps: how they are
     drawn, a key of `timesteps.TIMESTEPS`, None what the guidance's paper does; anneal: how far the upper end falls by
     the last step (0 keeps it, 1 brings it down to the lower end). tuning: of single guidances. solver, a
-    key of `fpr.SOLVERS`, and fpr_*: of ids, see `fpr.fpr`.
-    source_cache: records of the source kept for each camera, one for each of as many equal parts of t_range, so that a
-    step evaluates the edit alone; 0 is off. cache_*: see `source_cache.SourceCache`.
-    rates fall to `final_rate` of themselves; the last `average_last` of the steps are averaged into the result.
-    The same arguments give the same splats bit for bit on a CPU. Raises InputError for a mistake in an argument.
+    key of `fpr.SOLVERS`, and fpr_*: of ids, see `fpr.fpr`. source_cache: records of the source kept for
+    each camera, one for each of as many equal parts of t_range, so that a step evaluates the edit alone; 0 is off.
+    cache_*: see `source_cache.SourceCache`. rates fall to `final_rate` of themselves; the last `average_last` of the
+    steps are averaged into the result. The same arguments give the same splats bit for bit on a CPU.
+    Raises InputError for a mistake in an argument.
     """
     from splatedit.priors import Prior, find_prompt, load_prior
 

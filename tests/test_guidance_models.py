@@ -1,4 +1,4 @@
-"""Every guidance with networks in half precision and everything else in single; and what must not be asked."""
+"""Every guidance on every kind of model, in half precision too, and what must not be asked of them."""
 
 import pytest
 import tiny_models as tiny
@@ -9,7 +9,7 @@ from splatedit.diffusion import guided, repeat, sample_draw
 from splatedit.editing import edit
 from splatedit.errors import InputError
 from splatedit.guidance import GUIDANCE, Request, dds, fpr, ids
-from splatedit.priors import Prior
+from splatedit.priors import Prior, load_prior
 from splatedit.timesteps import PUBLISHED
 from splatedit.tuning import Tuning, bind
 
@@ -45,6 +45,21 @@ def test_an_edit_runs_in_half_precision_and_its_splats_are_single(name, dtype, c
     for value in last.gaussians.parameters.values():
         assert value.dtype == torch.float32 and value.isfinite().all()
     assert last.loss > 0 and not torch.equal(last.gaussians.sh0, cloud.sh0)
+
+
+@pytest.fixture(scope="module")
+def priors():
+    return {"bundled": load_prior("pocket"), "sdxl": Prior(tiny.sdxl()), "v": Prior(tiny.sd("v_prediction"))}
+
+
+@pytest.mark.parametrize("kind", ["bundled", "sdxl", "v"])
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_every_guidance_edits_splats_with_every_kind_of_model(name, kind, priors, cloud):
+    settings = {"steps": 1, "views": 3, "views_per_step": 1, "supersample": 1, "neighbours": 0}
+    step = next(edit(cloud, "a pig", "a cat", model=priors[kind], guidance=name, **settings))
+    assert 0 < step.loss < 100 and step.gaussians.sh0.isfinite().all()
+    assert not torch.equal(step.gaussians.sh0, cloud.sh0)
+    assert all(p.grad is None and not p.requires_grad for p in priors[kind].unet.parameters())
 
 
 def test_a_torch_without_half_precision_on_the_cpu_says_so(monkeypatch):

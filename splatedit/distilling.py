@@ -14,6 +14,7 @@ from splatedit.guidance import GUIDANCE, Request
 from splatedit.source_cache import SERVED, SourceCache, digest, fingerprint, source_side
 from splatedit.timesteps import PUBLISHED, check_draws, edit_draw
 from splatedit.tuning import Tuning, bind
+from splatedit.variational import check_peft
 
 if TYPE_CHECKING:
     from splatedit.priors import Prior
@@ -58,6 +59,8 @@ class Method(NamedTuple):
         if self.source_cache and self.guidance not in SERVED:
             raise InputError(f"source_cache: {self.guidance} cannot use one; choose 0, or one of {', '.join(SERVED)}.")
         check_draws(self.way, self.t_range)
+        if self.guidance == "vsd":
+            check_peft()
 
 
 class Pull(NamedTuple):

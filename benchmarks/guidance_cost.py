@@ -154,7 +154,16 @@ def show(found: dict[str, dict[str, Any]], args: argparse.Namespace, console: Co
     """Print the table."""
     title = f"{args.source} to {args.target}, {args.views_per_step} views per step, cached over {args.steps} steps"
     table = Table(
-        "method", "forward", "back", "cost", "s/step", *PARTS, "faster", "prior faster", "records", title=title
+        Column("method", no_wrap=True),
+        "forward",
+        "back",
+        "cost",
+        "s/step",
+        *PARTS,
+        "faster",
+        "prior faster",
+        "records",
+        title=title,
     )
     reference = found.get(REFERENCE)
     for name, row in found.items():

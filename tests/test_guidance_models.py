@@ -16,14 +16,23 @@ from splatedit.tuning import Tuning, bind
 HALF = [torch.float16, torch.bfloat16]
 
 
-def gradient(name, prior):
-    z, z_source = (torch.randn(2, 4, 8, 8, generator=seeded(s)) for s in (1, 2))
+def gradient(name, prior, dtype=torch.float32):
+    z, z_source = (torch.randn(2, 4, 8, 8, generator=seeded(s)).to(dtype) for s in (1, 2))
     texts = (repeat(prior.text([p]), 2) for p in ("a pig", "a cat"))
     request = Request(*texts, z_source, camera=torch.randn(2, 16, generator=seeded(3)))
     draw = sample_draw(prior.alphas_cumprod, z, (0.2, 0.6), seeded(4))
     options = bind(name, prior, seeded(5))
     with torch.no_grad():
         return GUIDANCE[name](guided(prior.denoise, prior.null(), 3.0), z, draw, request, **options)
+
+
+@pytest.mark.parametrize("latents", [*HALF, torch.float64])
+@pytest.mark.parametrize("network", [torch.float32, *HALF])
+def test_latents_of_any_type_get_gradients_of_that_type(latents, network):
+    prior = Prior(tiny.sd(), dtype=network)
+    for name in GUIDANCE:
+        grad = gradient(name, prior, latents)
+        assert grad.dtype == latents and grad.isfinite().all(), name
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -327,6 +327,8 @@ def test_what_is_seen_is_what_contributes(cloud: Gaussians):
 def test_nothing_to_see(cloud: Gaussians):
     cameras = rig()
     away = cameras._replace(w2c=torch.diag(torch.tensor([-1.0, 1.0, -1.0, 1.0])) @ cameras.w2c)
+    with pytest.raises(InputError, match="'torch'"):
+        lift(cloud.select([]), cameras, torch.ones(3, 2, 32, 40), backend="none")
     for gaussians, rig_ in ((cloud, away), (cloud.select([]), cameras)):
         lifted = lift(gaussians, rig_, torch.ones(3, 2, 32, 40))
         assert lifted.mean(unseen=0.5).eq(0.5).all() and lifted.mean().shape == (gaussians.n, 2)

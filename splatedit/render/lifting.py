@@ -143,6 +143,7 @@ def backprojection(
     options |= {"rasterize_mode": rasterize_mode}
     _given(**splats, viewmats=viewmats, Ks=Ks, width=1, height=1, **options)
     _check_maps(maps, (len(viewmats), "k", "h", "w"))
+    options |= {"backend": backends.chosen(backend, means)}
     k, height, width = maps.shape[1:]
     n = means.shape[0]
     with torch.inference_mode(False), torch.enable_grad():
@@ -150,7 +151,7 @@ def backprojection(
         viewmats, Ks = _constant(viewmats), _constant(Ks)
         sums = splats["means"].new_zeros(n, k + 1)  # the last column is the weight
         for views in _batches(len(viewmats) if n else 0, height * width, n, k + 1, sums.element_size()):
-            shared = {**splats, "viewmats": viewmats[views], "Ks": Ks[views], **options, "backend": backend}
+            shared = {**splats, "viewmats": viewmats[views], "Ks": Ks[views], **options}
             for first in range(0, k + 1, CHANNELS):
                 columns = slice(first, min(first + CHANNELS, k + 1))
                 sums[:, columns] += _transpose(_upstream(maps[views, columns], columns.stop > k, sums), **shared)

@@ -1,6 +1,6 @@
 """Does the network find the source again? Posterior-mean drift |z_src - zhat| / |z_src| after each solver of FPR.
 
-    python benchmarks/drift.py [--scene scenes/cat.ply --source "a cat"] [--scale 3] [--model pocket] [--output out.json]
+    python benchmarks/drift.py [--scene scenes/cat.ply --source "a cat"] [--scale 3] [--model pocket]
 
 Drift is of the guided score under the source prompt, mean over views and draws of noise, the same draws for all rows.
 Beside it stand what the noise has become (rms and kurtosis, 1 and 3 if untouched) and what it cost: network rows
@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import splatedit
 from splatedit.diffusion import Draw, guided, repeat, scales
@@ -85,9 +85,17 @@ def main() -> None:
     scale = prior.default_scale("ids") if args.scale is None else args.scale
     denoise, z = guided(prior.denoise, prior.null(1), scale), source_latents(prior, args.scene, args.views)
     text, generator = repeat(prior.text([args.source]), len(z)), torch.Generator(prior.device).manual_seed(0)
-    console, rows = Console(width=150), []
+    console, rows = Console(width=160), []
     headings = [f"{word} t={t}" for t in STEPS for word in ("drift", "rms")]
-    table = Table("noise", "N", "forward", "back", "cost", *headings, title=f"{args.source}, scale {scale:g}")
+    table = Table(
+        Column("noise", no_wrap=True),
+        "N",
+        "forward",
+        "back",
+        "cost",
+        *headings,
+        title=f"{args.source}, scale {scale:g}",
+    )
     draws = {}
     for t in STEPS:
         steps = torch.full((len(z),), t, device=z.device)

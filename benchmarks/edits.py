@@ -1,6 +1,7 @@
 """Does the edit reach the target, and what does it keep? SDS, DDS and IDS side by side on counterfactual pairs.
 
     python benchmarks/edits.py --meshes FOLDER_OF_CUBE_PETS [--pairs cat:pig ...] [--seeds 0 1 2] [--output out.json]
+                               [--methods ids ids:solver=picard_null,fpr_iters=2 dds ...]
 
 All Cube Pets share one body, so the mesh of the target drawn from the source's cameras is the ground truth of an edit.
 Views are 16 held-out orbit views (no edit camera looks from there). One run per method, pair and seed; it is measured
@@ -25,6 +26,7 @@ from rich.table import Table
 
 import splatedit
 from splatedit.cameras import bounds, orbit
+from splatedit.config import parse_word, typed
 from splatedit.diffusion import denoising_errors
 from splatedit.editing import edit
 from splatedit.metrics import changed_share, iou, psnr, roughness, ssim
@@ -33,6 +35,7 @@ from splatedit.pocket.meshes import load_mesh
 from splatedit.pocket.scenes import ground_truth
 from splatedit.priors import load_prior
 from splatedit.render import WHITE, render
+from splatedit.tuning import Tuning
 
 PAIRS = ("cat:pig", "cat:fox", "dog:panda", "fox:cow", "penguin:bear")
 VIEWS, ELEVATION, AZIMUTH = 16, 12.0, 11.25
@@ -93,16 +96,25 @@ class Ruler:
 def run_one(prior, ruler: Ruler, prompt: str, source: str, method: str, seed: int, args) -> dict:
     """One edit, measured at `args.points` evenly spaced steps."""
     marks = {round(args.steps * (k + 1) / args.points) - 1 for k in range(args.points)}
-    options = {"guidance_scale": args.scale, "fpr_lambda": args.fpr_lambda}
+    guidance, settings = read_method(method)
+    options = {"guidance_scale": args.scale, "fpr_lambda": args.fpr_lambda, **settings}
     curve, spent, start = [], 0.0, time.perf_counter()
     for step in edit(
-        ruler.source, prompt, source, model=prior, guidance=method, steps=args.steps, seed=seed, up="-y", **options
+        ruler.source, prompt, source, model=prior, guidance=guidance, steps=args.steps, seed=seed, up="-y", **options
     ):
         if step.index in marks:
             spent += time.perf_counter() - start
             curve.append({"step": step.index + 1, "seconds": round(spent, 1), **ruler(step.gaussians)})
             start = time.perf_counter()
     return {"method": method, "seed": seed, "source": source, "prompt": prompt, "curve": curve}
+
+
+def read_method(text: str) -> tuple[str, dict]:
+    """`ids:solver=picard,fpr_iters=2` as a guidance and settings of it: of `edit`, or of `tuning.Tuning`."""
+    name, _, words = text.partition(":")
+    settings = {k: typed(k, parse_word(f"{k}={v}")[k]) for k, v in (w.split("=") for w in words.split(",") if w)}
+    tuned = {k: settings.pop(k) for k in list(settings) if k in Tuning._fields}
+    return name, {**settings, "tuning": Tuning(**tuned)}
 
 
 def at_score(curve: list[dict], score: float) -> dict | None:

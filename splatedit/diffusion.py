@@ -89,15 +89,21 @@ def scales(alphas_cumprod: Tensor, t: Tensor, like: Tensor) -> tuple[Tensor, Ten
     return power.sqrt().to(like.dtype), (1 - power).sqrt().to(like.dtype)
 
 
+def check_range(t_range: tuple[float, float]) -> None:
+    """Raise InputError for what are no two fractions of a schedule."""
+    low, high = t_range
+    if not 0 <= low <= high <= 1:
+        raise InputError(f"t_range: found {[low, high]}, expected fractions of the schedule, 0 <= low <= high <= 1.")
+
+
 def step_range(alphas_cumprod: Tensor, t_range: tuple[float, float]) -> tuple[int, int]:
     """First and last step of `t_range`, fractions of the schedule, both included; raises InputError if outside [0, 1].
 
     Steps of a zero-terminal-SNR schedule at which nothing is left of the picture are never in it: a score there says
     nothing about z, and a division by a = 0 would follow.
     """
+    check_range(t_range)
     low, high = t_range
-    if not 0 <= low <= high <= 1:
-        raise InputError(f"t_range: found {[low, high]}, expected fractions of the schedule, 0 <= low <= high <= 1.")
     last = int((alphas_cumprod >= SMALLEST).sum()) - 1
     return min(round(low * len(alphas_cumprod)), last), min(round(high * len(alphas_cumprod)), last)
 

@@ -12,22 +12,16 @@ import torch
 from torch import Tensor
 
 from splatedit.cameras import RIGS, Bounds, Cameras, bounds
-from splatedit.diffusion import guided, repeat
+from splatedit.distilling import Distiller, Method
 from splatedit.errors import InputError
-from splatedit.fpr import FPR, SOLVERS
+from splatedit.fpr import FPR
 from splatedit.gaussians import Gaussians
-from splatedit.guidance import GUIDANCE, Request
 from splatedit.metrics import psnr
 from splatedit.scenes import Rates, Splats
-from splatedit.source_cache import SERVED, SourceCache, digest, fingerprint, source_side
-from splatedit.timesteps import PUBLISHED, check_draws, edit_draw
-from splatedit.tuning import Tuning, bind
+from splatedit.tuning import Tuning
 
 if TYPE_CHECKING:
     from splatedit.priors import Prior
-
-
-FPR_OPTIONS = ("iters", "lam", "solver", "t_range", "sphere", "keep_best", "stop")  # of ids that are of fpr.fpr
 
 
 class Step(NamedTuple):
@@ -106,51 +100,32 @@ def edit(
     cameras, or Cameras of the prior's picture size. t_range: fractions of the noise schedule; timesteps: how they are
     drawn, a key of `timesteps.TIMESTEPS`, None what the guidance's paper does; anneal: how far the upper end falls by
     the last step (0 keeps it, 1 brings it down to the lower end). tuning: of single guidances. solver, a
-    key of `fpr.SOLVERS`, and fpr_*: of ids, see `fpr.fpr`.
-    source_cache: records of the source kept for each camera, one for each of as many equal parts of t_range, so that a
-    step evaluates the edit alone; 0 is off. cache_*: see `source_cache.SourceCache`.
-    rates fall to `final_rate` of themselves; the last `average_last` of the steps are averaged into the result.
-    The same arguments give the same splats bit for bit on a CPU. Raises InputError for a mistake in an argument.
+    key of `fpr.SOLVERS`, and fpr_*: of ids, see `fpr.fpr`. source_cache: records of the source kept for
+    each camera, one for each of as many equal parts of t_range, so that a step evaluates the edit alone; 0 is off.
+    cache_*: see `source_cache.SourceCache`. rates fall to `final_rate` of themselves; the last `average_last` of the
+    steps are averaged into the result. The same arguments give the same splats bit for bit on a CPU.
+    Raises InputError for a mistake in an argument.
     """
     from splatedit.priors import Prior, find_prompt, load_prior
 
-    if guidance not in GUIDANCE:
-        raise InputError(f"guidance: {guidance!r} is not known; choose one of {', '.join(GUIDANCE)}.")
-    if solver not in SOLVERS:
-        raise InputError(f"solver: {solver!r} is not known; choose one of {', '.join(SOLVERS)}.")
-    if source_cache and guidance not in SERVED:
-        raise InputError(f"source_cache: {guidance} cannot use one; choose 0, or one of {', '.join(SERVED)}.")
+    refining, caching = (solver, fpr_iters, fpr_lambda), (source_cache, cache_refresh, cache_mb, cache_dir)
+    method = Method(guidance, guidance_scale, t_range, timesteps, anneal, tuning, *refining, *caching)
+    method.check()
     prior = model if isinstance(model, Prior) else load_prior(model, resolve_device(device), offline=offline)
-    place = prior.device
-    generator = torch.Generator(place).manual_seed(seed)
-    scale = prior.default_scale(guidance) if guidance_scale is None else guidance_scale
-    prior.check_scale(scale)
-    way = timesteps or PUBLISHED.get(guidance, "uniform")
-    check_draws(way, prior.alphas_cumprod, t_range)
-    denoise, options = guided(prior.denoise, prior.null(1), scale), bind(guidance, prior, generator, tuning)
-    gaussians = gaussians.to(place)
+    method.scale(prior)
+    place, gaussians = prior.device, gaussians.to(prior.device)
     extent = bounds(gaussians)
     rig = rig_for(gaussians, cameras, views, prior.image_size, up)
     scene = Splats(
         gaussians, rig, extent.radius, rates, background=background, supersample=supersample, neighbours=neighbours
     )
+    generator = torch.Generator(place).manual_seed(seed)
     images, latents = source_views(scene, prior)
     if source is None:
         source, _ = find_prompt(prior, latents, generator)
-    target_text, source_text = (repeat(prior.text([p]), views_per_step) for p in (prompt, source))
-    if guidance == "ids":
-        options |= {"iters": fpr_iters, "lam": fpr_lambda, "solver": solver}
-    cache = None
-    if source_cache:
-        told = prior.text([source])
-        refining = {k: v for k, v in options.items() if guidance == "ids" and k in FPR_OPTIONS}
-        key = digest(fingerprint(prior), told, prior.null(1), scale, sorted(refining.items()), seed)
-        limits = {"strata": source_cache, "refresh": cache_refresh, "megabytes": cache_mb, "folder": cache_dir}
-        fill = source_side(denoise, told, **refining)
-        cache = SourceCache(fill, latents, prior.alphas_cumprod, t_range, key, **limits)
     poses = camera_numbers(rig, extent).to(place)
+    distiller = Distiller(prior, method, prompt, source, latents, generator, seed, poses)
     order = view_order(rig.n, steps * views_per_step, generator).view(steps, views_per_step)
-    backwards = 0
 
     for index in range(steps):
         watch = Stopwatch(place)
@@ -160,21 +135,11 @@ def edit(
         pixels = image.detach().requires_grad_()
         with watch("encode"):
             z = prior.encode(pixels)
-        history: list[FPR] = []
-        with watch("prior"), torch.no_grad():
-            at = {"done": index / max(steps - 1, 1), "drawn": index * views_per_step, "anneal": anneal}
-            draw = edit_draw(way, prior.alphas_cumprod, z, t_range, generator, **at)
-            request = Request(target_text, source_text, latents[chosen], camera=poses[chosen])
-            if cache is not None:
-                draw, score = cache(chosen, draw.t)
-                request = request._replace(source_score=score)
-            if guidance == "ids":
-                options["history"] = history
-            gradient = GUIDANCE[guidance](denoise, z.detach(), draw, request, **options)
-        backwards += history[0].backwards if history else 0
+        with watch("prior"):
+            pull = distiller(z.detach(), chosen, index / max(steps - 1, 1))
         # One backward, in two halves so that each is billed to its own account.
         with watch("encode"):
-            (upstream,) = torch.autograd.grad(z, pixels, gradient)
+            (upstream,) = torch.autograd.grad(z, pixels, pull.gradient)
         with watch("render"):
             image.backward(upstream)
         with watch("optimise"):
@@ -184,33 +149,27 @@ def edit(
         yield Step(
             index=index,
             steps=steps,
-            loss=float(gradient.square().mean().sqrt()),
+            loss=float(pull.gradient.square().mean().sqrt()),
             image=image.detach(),
             gaussians=scene.result(),
             seconds=watch.seconds,
             evaluations=prior.evaluations,
-            backwards=backwards + (cache.backwards if cache else 0),
-            cache=dict(cache.counts) if cache else {},
-            residuals=drift(history[0].residuals, latents[chosen]) if history else [],
-            fpr=history[0] if history else None,
+            backwards=distiller.backwards,
+            cache=dict(distiller.cache.counts) if distiller.cache else {},
+            residuals=drift(pull.fpr.residuals, latents[chosen]) if pull.fpr else [],
+            fpr=pull.fpr,
             psnr_to_source=psnr(image.detach(), images[chosen]),
-            state=partial(state, scene, generator, index + 1, options.get("particle"), cache),
+            state=partial(state, scene, generator, index + 1, distiller),
         )
 
 
-def state(
-    scene: Splats, generator: torch.Generator, done: int, particle: Any = None, cache: SourceCache | None = None
-) -> dict[str, Any]:
+def state(scene: Splats, generator: torch.Generator, done: int, distiller: Distiller) -> dict[str, Any]:
     """What a checkpoint holds: steps done, parameters, their running mean, Adam's moments, the generator's state.
 
-    particle: the denoiser that vsd trains along, which goes into it with its own optimiser. cache: how often each of
-    its records was used goes into it; the records can be made again.
+    And what the distiller has learnt and used: see its `state_dict`.
     """
-    learnt = {} if particle is None else {"particle": particle.state_dict()}
-    used = {} if cache is None else {"source_cache_visits": dict(cache.visits)}
     return {
-        **learnt,
-        **used,
+        **distiller.state_dict(),
         "step": done,
         "parameters": {k: p.detach() for k, p in scene.parameters.items()},
         "mean": scene.mean,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from splatedit.diffusion import Draw, step_range, with_noise
+from splatedit.diffusion import Draw, check_range, step_range, with_noise
 from splatedit.errors import InputError
 
 PARTS = 16  # of the range of steps; `stratified` visits each once in as many draws
@@ -67,7 +67,7 @@ def edit_draw(
     t_range: fractions of the schedule. anneal: how far its upper end has come down once the edit is `done` (1): 0 not
     at all, 1 to the lower end; `annealed` goes all the way down by itself. Raises InputError.
     """
-    check_draws(name, alphas_cumprod, t_range)
+    check_draws(name, t_range)
     low, high = t_range
     if name != "annealed":
         high = high - (high - low) * anneal * done
@@ -75,8 +75,8 @@ def edit_draw(
     return with_noise(alphas_cumprod, TIMESTEPS[name](len(z), at, generator), z, generator)
 
 
-def check_draws(name: str, alphas_cumprod: Tensor, t_range: tuple[float, float]) -> None:
-    """Raise InputError for a way to draw that is not known, or a range that the schedule does not have."""
+def check_draws(name: str, t_range: tuple[float, float]) -> None:
+    """Raise InputError for a way to draw that is not known, or a range that no schedule has."""
     if name not in TIMESTEPS:
         raise InputError(f"timesteps: {name!r} is not known; choose one of {', '.join(TIMESTEPS)}.")
-    step_range(alphas_cumprod, t_range)
+    check_range(t_range)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -111,11 +112,10 @@ def adapted(unet: Any, rank: int, generator: torch.Generator, name: str = "unet"
     Only what was added takes gradients. It starts from `generator`, in a state that changes nothing; `unet` and torch's
     own generators are left as they are.
     """
-    try:
-        from diffusers.models.embeddings import TimestepEmbedding
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise InputError('guidance vsd: the package peft is missing; pip install "splatedit[vsd]".') from error
+    check_peft()
+    from diffusers.models.embeddings import TimestepEmbedding
+    from peft import LoraConfig, inject_adapter_in_model
+
     if getattr(unet, "class_embedding", None) is not None:
         raise InputError(f"guidance vsd: {name} has class labels where the camera would go; use ids, dds or sds.")
     same = {id(part): part for part in (*unet.parameters(), *unet.buffers())}
@@ -131,6 +131,12 @@ def adapted(unet: Any, rank: int, generator: torch.Generator, name: str = "unet"
             weight.data = weight.data.float()
             start(key, weight, generator)
     return twin
+
+
+def check_peft() -> None:
+    """Raise InputError if the optional package that makes the LoRA is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise InputError('guidance vsd: the package peft is missing; pip install "splatedit[vsd]".')
 
 
 @torch.no_grad()

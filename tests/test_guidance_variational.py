@@ -9,6 +9,7 @@ import torch
 from mixtures import SHAPE, Modes, draw_at, exact, normal, seeded
 
 from splatedit.diffusion import Draw, guided, repeat, scaled_linear, scales, to_eps_x0
+from splatedit.distilling import Method
 from splatedit.editing import edit
 from splatedit.errors import InputError
 from splatedit.guidance import Request, sds, vsd
@@ -229,5 +230,6 @@ def test_without_peft_and_with_class_labels_one_is_told(monkeypatch):
         LoraDenoiser(prior, seeded())
     prior.unet.class_embedding = None
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(InputError, match=r'peft is missing; pip install "splatedit\[vsd\]"'):
-        LoraDenoiser(prior, seeded())
+    for ask in (lambda: LoraDenoiser(prior, seeded()), Method("vsd").check):
+        with pytest.raises(InputError, match=r'peft is missing; pip install "splatedit\[vsd\]"'):
+            ask()

@@ -19,6 +19,7 @@ from splatedit.cameras import Cameras
 from splatedit.errors import InputError
 from splatedit.gaussians import Gaussians
 from splatedit.render import (
+    backends,
     backprojection,
     contributions,
     fill_unseen,
@@ -144,6 +145,8 @@ def test_cameras_are_drawn_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch):
     scene = to(cloud(4, 40, views=5), torch.float64)
     maps = random_maps(scene, 2)
     expected = backprojection(**geometry(scene), maps=maps)
+    rough = to(geometry(scene, *SIZE), torch.float32)
+    whole = contributions(**rough)
     drawn = []
 
     def counted(**arguments: Any) -> Any:
@@ -157,6 +160,8 @@ def test_cameras_are_drawn_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch):
         found = backprojection(**geometry(scene), maps=maps)
         assert drawn == batches
         torch.testing.assert_close(found, expected)
+        picked = contributions(**rough)
+        assert all(torch.equal(a, b) for a, b in zip(picked, whole, strict=True))
 
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -174,7 +179,7 @@ def test_no_graph_is_left_and_none_is_needed(guard: Any):
 # ---------------------------------------------------------------- picking
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("mode", ["classic", "antialiased"])
 @pytest.mark.parametrize("name", [*SCENES, "cloud"])
 def test_picking_against_dense_compositing(name: str, mode: str, backend: str):
@@ -203,6 +208,21 @@ def test_picking_against_dense_compositing(name: str, mode: str, backend: str):
         wrong |= (ids.numpy() < 0) != (largest == 0)
         assert wrong.sum() <= max(2, wrong.size // 200)
         assert np.abs(pixels.numpy() - counts).sum() <= max(4, counts.sum() // 200)
+
+
+def test_the_kernels_pick_the_same_at_any_number_of_threads():
+    """Several chunks of Gaussians, several groups of pairs in a tile."""
+    scene = geometry(cloud(10, 9001, width=70, height=50, size=0.05), *SIZE)
+    runs = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        runs.append(contributions(**scene))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+    ids, best, pixels = contributions(**scene, backend="torch")
+    assert (ids != runs[0][0]).sum() <= ids.numel() // 100, "but for almost equal ones"
+    torch.testing.assert_close(best.quantile(0.99), runs[0][1].quantile(0.99), rtol=1e-4, atol=0)
+    assert ((best - runs[0][1]).abs() > 1e-4).sum() <= ids.numel() // 200
+    assert (pixels - runs[0][2]).abs().sum() <= pixels.sum() // 500
 
 
 def discs(overlap: float) -> dict[str, Any]:
@@ -307,6 +327,8 @@ def test_what_is_seen_is_what_contributes(cloud: Gaussians):
 def test_nothing_to_see(cloud: Gaussians):
     cameras = rig()
     away = cameras._replace(w2c=torch.diag(torch.tensor([-1.0, 1.0, -1.0, 1.0])) @ cameras.w2c)
+    with pytest.raises(InputError, match="'torch'"):
+        lift(cloud.select([]), cameras, torch.ones(3, 2, 32, 40), backend="none")
     for gaussians, rig_ in ((cloud, away), (cloud.select([]), cameras)):
         lifted = lift(gaussians, rig_, torch.ones(3, 2, 32, 40))
         assert lifted.mean(unseen=0.5).eq(0.5).all() and lifted.mean().shape == (gaussians.n, 2)
@@ -376,6 +398,7 @@ def test_mistakes_in_maps_are_named(cloud: Gaussians, maps: Any, message: str):
         ({"rasterize_mode": "mip"}, "'antialiased'"),
         ({"backend": "cuda"}, "'auto', 'cpu', 'torch', 'gsplat'"),
         ({"backend": "gsplat"}, "CUDA"),
+        ({k: v.double() for k, v in geometry(cloud(7, 10)).items()} | {"backend": "cpu"}, "float64"),
     ],
 )
 def test_mistakes_in_arguments_are_named(changes: dict[str, Any], message: str):
@@ -460,6 +483,7 @@ def test_gsplat_lists_are_composited(monkeypatch: pytest.MonkeyPatch, pairs: int
     fake = SimpleNamespace(rasterize_to_indices_in_range=listing(calls))
     monkeypatch.setitem(sys.modules, "gsplat", fake)  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr(lifting, "rasterization", with_tiles)
+    monkeypatch.setattr(backends, "chosen", lambda backend, means: backend)  # no CUDA tensors here
     monkeypatch.setattr(lifting, "PAIRS", pairs)
     solid = cloud(8, 60, views=1, width=20, height=18, size=0.4)
     solid["opacities"] = SCENES["clear_and_solid"]()["opacities"]

@@ -5,12 +5,14 @@ import torch
 from mixtures import SHAPE, Modes, exact, normal
 
 from splatedit.diffusion import guided, repeat, scaled_linear, step_range
+from splatedit.editing import view_order
 from splatedit.errors import InputError
 from splatedit.fpr import SOLVERS
 from splatedit.guidance import GUIDANCE, dds, ids
 from splatedit.posterior import dreamcatalyst, pds
 from splatedit.score import Request
 from splatedit.source_cache import SERVED, Record, SourceCache, digest, fingerprint, source_side
+from splatedit.timesteps import edit_draw
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -297,3 +299,16 @@ def test_at_a_hit_the_history_tells_the_drift_and_one_branch(denoise, modes, z_s
     assert (record[0].evaluations, record[0].backwards) == (4, 0) and record[0].residuals.shape == (1, 2)
     gap = score - draw.noise
     exact(record[0].residuals[0], (draw.s / draw.a * gap).flatten(1).norm(dim=1))
+
+
+def test_over_a_3d_edit_of_1000_steps_a_cached_step_costs_at_most_2_2_evaluations(denoise, network, modes):
+    """48 cameras, two views a step, noise levels as an edit draws them; null text and target for each view."""
+    cameras, steps, views = 48, 1000, 2
+    cache = cache_of(denoise, modes, normal(cameras, *SHAPE, seed=1), iters=2, solver="picard_null")
+    generator = torch.Generator().manual_seed(0)
+    order = view_order(cameras, steps * views, generator).view(steps, views)
+    like = torch.zeros(views, 1, 1, 1)
+    for index, chosen in enumerate(order.tolist()):
+        cache(chosen, edit_draw("uniform", ALPHAS, like, RANGE, generator, done=index / 999, anneal=0.5).t)
+    assert cache.counts["filled"] == 2 * cameras and network.rows == cache.evaluations == 4 * 2 * cameras
+    assert 2 + cache.evaluations / (steps * views) <= 2.2

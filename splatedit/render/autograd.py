@@ -101,6 +101,41 @@ def project(
     return splats, bool(odd[0])  # pyright: ignore
 
 
+def contributions(
+    *,
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+    near_plane: float,
+    far_plane: float,
+    radius_clip: float,
+    eps2d: float,
+    rasterize_mode: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`lifting.contributions` with all its arguments given, checked and without a graph."""
+    limits = (near_plane, far_plane, radius_clip, eps2d)
+    shape = (width, height, *limits, rasterize_mode == "antialiased", MIN_COMPENSATION)
+    splats, _ = project(means, quats, scales, opacities, None, viewmats, Ks, -1, 0, shape)
+    radii, means2d, depths, conics, dimmed, colors = splats
+    paired = _pair_up(means2d, conics, dimmed, colors, radii, depths, (width, height))
+    (cameras, n), size = depths.shape, (len(depths), height, width)
+    best, hits = memory.empty((*size, 2)), np.zeros(len(paired.masks), np.int32)
+    alphas, transmittances, ends = (memory.empty(size) for _ in range(3))
+    _draw(paired, np.zeros(2 * cameras, F), best, alphas, transmittances, ends, hits=hits)
+    grid = paired.starts[:-1].reshape(cameras, paired.grid[1], paired.grid[0])
+    start = grid.repeat(TILE, 1).repeat(TILE, 2)[:, :height, :width]  # where the list of a pixel's tile begins
+    hit, of_pair = best[..., 0] > 0, paired.pairs[::2]
+    ids = np.full(size, -1, np.int64)
+    ids[hit] = of_pair[start[hit] + best[hit, 1].astype(np.int64)] % n
+    pixels = np.bincount(of_pair, hits, cameras * n).astype(np.int64).reshape(cameras, n)
+    return torch.from_numpy(ids), torch.from_numpy(best[..., 0].copy()), torch.from_numpy(pixels)
+
+
 def probe() -> None:
     """Draw one Gaussian; raises whatever numba raises where it cannot make vector code."""
     point, view = torch.tensor([[0.0, 0.0, 2.0]]), torch.eye(4)[None]
@@ -318,6 +353,26 @@ def _sort(depths: np.ndarray, touched: np.ndarray, cameras: int) -> tuple[np.nda
     return order, limits
 
 
+def _draw(
+    paired: _Pairs,
+    backgrounds: np.ndarray,
+    image: np.ndarray,
+    alphas: np.ndarray,
+    transmittances: np.ndarray,
+    ends: np.ndarray,
+    first: int = 0,
+    divide: bool = False,
+    hits: np.ndarray | None = None,
+) -> None:
+    """`compositing.composite` for all tiles; with `hits` it looks for the largest weight instead of the colour."""
+    flat = (a.reshape(-1) for a in (backgrounds, image, alphas, transmittances, ends))
+    pool.run(
+        compositing.composite, len(paired.tiles), pool.chunks_of(len(paired.tiles), 1), paired.tiles, paired.records,
+        paired.pairs, paired.starts, paired.masks, *flat, *paired.grid, image.shape[-1], first, F(ALPHA_MAX), divide,
+        hits,
+    )  # fmt: skip
+
+
 class _Composite(torch.autograd.Function):
     @staticmethod
     def forward(ctx, means2d, conics, colors, opacities, backgrounds, radii, depths, options):
@@ -330,12 +385,7 @@ class _Composite(torch.autograd.Function):
         for first in range(0, channels, 4):
             if first:
                 _recolor(paired, colors, first)
-            pool.run(
-                compositing.composite, len(paired.tiles), pool.chunks_of(len(paired.tiles), 1), paired.tiles,
-                paired.records, paired.pairs, paired.starts, paired.masks, _array(backgrounds).reshape(-1),
-                image.reshape(-1), alphas.reshape(-1), transmittances, ends, *paired.grid, channels, first,
-                F(ALPHA_MAX), divide,
-            )  # fmt: skip
+            _draw(paired, _array(backgrounds), image, alphas, transmittances, ends, first, divide)
         result = torch.from_numpy(image)
         ctx.save_for_backward(means2d, colors, opacities, backgrounds, result if divide else None)
         ctx.paired, ctx.pixels, ctx.options = paired, (transmittances, ends), options

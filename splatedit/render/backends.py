@@ -86,18 +86,30 @@ def rasterization(
     for name in others:
         if name not in checks.GSPLAT_ONLY:
             raise TypeError(f"rasterization() got an unexpected keyword argument {name!r}")
-    return _backend(backend)(**arguments, **others)
+    return BACKENDS[chosen(backend, means)](**arguments, **others)
+
+
+def chosen(backend: str, means: Tensor) -> str:
+    """The key of BACKENDS that draws these Gaussians: what "auto" is for them, or `backend` itself, if it can."""
+    if backend not in BACKENDS:
+        raise InputError(f"rasterization: backend {backend!r} is not one of {', '.join(map(repr, BACKENDS))}.")
+    on_cuda = means.is_cuda and means.dtype == torch.float32
+    on_cpu = not on_cuda and means.device.type == "cpu" and means.dtype == torch.float32
+    if backend == "auto":
+        return "gsplat" if on_cuda else "cpu" if on_cpu and _can_compile() else "torch"
+    if (backend == "gsplat" and not on_cuda) or (backend == "cpu" and not on_cpu):
+        wish = "float32 CUDA tensors" if backend == "gsplat" else "float32 tensors on the CPU"
+        raise InputError(
+            f'rasterization: backend "{backend}" takes {wish}, means is {means.dtype} on {means.device}; '
+            'backend "torch" takes any.'
+        )
+    return backend
 
 
 # ---------------------------------------------------------------- backends
 
 
 def _gsplat(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    means = arguments["means"]
-    if not means.is_cuda or means.dtype != torch.float32:
-        raise InputError(
-            f'rasterization: backend "gsplat" takes float32 CUDA tensors, means is {means.dtype} on {means.device}.'
-        )
     try:
         from gsplat import rasterization as gsplat_rasterization  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -111,12 +123,7 @@ def _gsplat(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
 
 def _cpu(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
     checks.refuse(arguments, "cpu")
-    means, colors = arguments["means"], arguments["colors"]
-    if means.device.type != "cpu" or means.dtype != torch.float32:
-        raise InputError(
-            f'rasterization: backend "cpu" takes float32 tensors on the CPU, means is {means.dtype} on {means.device}; '
-            'backend "torch" takes any.'
-        )
+    colors = arguments["colors"]
     if arguments["sh_degree"] is not None and colors.dim() == 4:
         raise InputError(
             f"rasterization: colors {checks.shape_of(colors)} are SH coefficients per camera, "
@@ -135,12 +142,7 @@ def _torch(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
 
 
 def _auto(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    means = arguments["means"]
-    if means.is_cuda and means.dtype == torch.float32:
-        return _gsplat(**arguments)
-    if means.device.type == "cpu" and means.dtype == torch.float32 and _can_compile():
-        return _cpu(**arguments)
-    return _torch(**arguments)
+    return BACKENDS[chosen("auto", arguments["means"])](**arguments)
 
 
 BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor, dict[str, Any]]]] = {
@@ -179,12 +181,6 @@ def _can_compile() -> bool:
     except InputError as error:
         warnings.warn(f"splatedit draws with plain torch, which is slow: {error}", RuntimeWarning, stacklevel=4)
         return False
-
-
-def _backend(name: str) -> Callable[..., tuple[Tensor, Tensor, dict[str, Any]]]:
-    if name not in BACKENDS:
-        raise InputError(f"rasterization: backend {name!r} is not one of {', '.join(map(repr, BACKENDS))}.")
-    return BACKENDS[name]
 
 
 # ---------------------------------------------------------------- the first time

@@ -20,6 +20,7 @@ from splatedit.render.simd import (
     LANES,
     any_lane,
     copy_quad,
+    count_bits,
     fma,
     lane_bits,
     lane_column,
@@ -76,13 +77,16 @@ def _exponent(records, at, mean_x, mean_y, plane, p):
 
 @kernel
 def composite(begin, end, chunk, tiles, records, pairs, starts, masks, backgrounds, image, alphas, transmittances, ends,
-              columns, rows, width, height, channels, first, alpha_max, divide):  # fmt: skip
+              columns, rows, width, height, channels, first, alpha_max, divide, hits):  # fmt: skip
     """Front to back: image = sum of alpha T colour + T_end background, T = product of 1 - alpha before.
 
     csrc/RasterizeToPixels3DGSFwd.cu. alpha = min(alpha_max, opacity exp(-sigma)); left out below 1/255; the Gaussian
     that would bring T to 1e-4 ends the pixel and is left out. Leaves behind, for the backward pass, the blocks to which
     each pair contributed in `masks`, and T and the end of each pixel. divide: the last channel is depth, to be divided
     by 1 - T_end (rendering.py).
+
+    hits: None; or int32 for each pair, to have the pixels counted to which it contributes. Colours are not looked at
+    then: `image` gets the largest weight alpha T of a pixel, and the number in the tile's list of whose it is.
     """
     plane = aligned(9 * PIXELS)
     _coordinates(plane)
@@ -98,7 +102,9 @@ def composite(begin, end, chunk, tiles, records, pairs, starts, masks, backgroun
                 masks[group:stop] = 0
                 break
             _find_blocks(masks, records, pairs, group, past, stop, x, y)
-            live = _composite_group(plane, live, masks, records, pairs, group, past, starts[tile], x, y, alpha_max)
+            live = _composite_group(
+                plane, live, masks, records, pairs, group, past, starts[tile], x, y, alpha_max, hits
+            )
         _finish_tile(plane, backgrounds, camera, channels, first, divide)
         corner = (camera * height + y) * width + x
         whole = x + TILE <= width and y + TILE <= height
@@ -152,14 +158,14 @@ def _find_blocks(masks, records, pairs, start, past, stop, x, y):
 
 
 @inline
-def _composite_group(plane, live, masks, records, pairs, start, past, list_start, x, y, alpha_max):
+def _composite_group(plane, live, masks, records, pairs, start, past, list_start, x, y, alpha_max, hits):
     """Returns the blocks that still have a pixel that has not ended."""
     for k in range(start, past):
         bits = np.int64(masks[k]) & live
         at = pairs[2 * k] * RECORD
         mean_x, mean_y = records[at] - F(x) - F(0.5), records[at + 1] - F(y) - F(0.5)
         q0, q1, q2, q3 = records[at + 6], records[at + 7], records[at + 8], records[at + 9]
-        contributed = 0
+        contributed = count = 0
         while bits != 0:
             block = lowest_bit(bits)
             bits &= bits - 1
@@ -179,11 +185,20 @@ def _composite_group(plane, live, masks, records, pairs, start, past, list_start
                 contributed |= np.int64(any_lane(hit)) << block
                 vstore(plane, p, after)
                 c = p + CHANNELS
-                vstore(plane, c, fma(weight, q0, vload(plane, c)))
-                vstore(plane, c + PIXELS, fma(weight, q1, vload(plane, c + PIXELS)))
-                vstore(plane, c + 2 * PIXELS, fma(weight, q2, vload(plane, c + 2 * PIXELS)))
-                vstore(plane, c + 3 * PIXELS, fma(weight, q3, vload(plane, c + 3 * PIXELS)))
+                if hits is None:  # known when this is compiled
+                    vstore(plane, c, fma(weight, q0, vload(plane, c)))
+                    vstore(plane, c + PIXELS, fma(weight, q1, vload(plane, c + PIXELS)))
+                    vstore(plane, c + 2 * PIXELS, fma(weight, q2, vload(plane, c + 2 * PIXELS)))
+                    vstore(plane, c + 3 * PIXELS, fma(weight, q3, vload(plane, c + 3 * PIXELS)))
+                else:
+                    best = vload(plane, c)
+                    vstore(plane, c, vmax(weight, best))
+                    number = where(weight > best, F(k - list_start), vload(plane, c + PIXELS))
+                    vstore(plane, c + PIXELS, number)
+                    count += count_bits(lane_bits(hit))
         masks[k] = contributed
+        if hits is not None:
+            hits[k] = count
     return live
 
 

@@ -143,17 +143,15 @@ def backprojection(
     options |= {"rasterize_mode": rasterize_mode}
     _given(**splats, viewmats=viewmats, Ks=Ks, width=1, height=1, **options)
     _check_maps(maps, (len(viewmats), "k", "h", "w"))
+    options |= {"backend": backends.chosen(backend, means)}
     k, height, width = maps.shape[1:]
     n = means.shape[0]
     with torch.inference_mode(False), torch.enable_grad():
         splats = {name: _constant(t) for name, t in splats.items()}
         viewmats, Ks = _constant(viewmats), _constant(Ks)
         sums = splats["means"].new_zeros(n, k + 1)  # the last column is the weight
-        per_camera = sums.element_size() * (3 * height * width * min(k + 1, CHANNELS) + 48 * n)
-        step = max(1, MEMORY // per_camera)
-        for camera in range(0, len(viewmats) if n else 0, step):
-            views = slice(camera, camera + step)
-            shared = {**splats, "viewmats": viewmats[views], "Ks": Ks[views], **options, "backend": backend}
+        for views in _batches(len(viewmats) if n else 0, height * width, n, k + 1, sums.element_size()):
+            shared = {**splats, "viewmats": viewmats[views], "Ks": Ks[views], **options}
             for first in range(0, k + 1, CHANNELS):
                 columns = slice(first, min(first + CHANNELS, k + 1))
                 sums[:, columns] += _transpose(_upstream(maps[views, columns], columns.stop > k, sums), **shared)
@@ -187,13 +185,23 @@ def contributions(
     """
     arguments = {k: v for k, v in locals().items() if k != "backend"}
     checks.values(_given(**arguments))
-    chosen = _choose(backend, means)
+    find = CONTRIBUTIONS[backends.chosen(backend, means)]
     with torch.inference_mode(False), torch.no_grad():
         arguments = {k: _constant(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
         if means.shape[0] == 0:
             ids = torch.full((len(viewmats), height, width), -1, device=means.device)
             return ids, means.new_zeros(ids.shape), ids.new_zeros(len(viewmats), 0)
-        return CONTRIBUTIONS[chosen](**arguments)
+        parts = []
+        for views in _batches(len(viewmats), width * height, means.shape[0], 3, means.element_size()):
+            parts.append(find(**arguments | {"viewmats": arguments["viewmats"][views], "Ks": arguments["Ks"][views]}))
+    ids, weights, pixels = (torch.cat(part) for part in zip(*parts, strict=True))
+    return ids, weights, pixels
+
+
+def _batches(cameras: int, pixels: int, n: int, channels: int, size: int) -> Iterator[slice]:
+    """Cameras to draw at once: an image, its gradient and the map; records of the Gaussians and their gradients."""
+    step = max(1, MEMORY // (size * (3 * pixels * min(channels, CHANNELS) + 48 * n)))
+    return (slice(first, first + step) for first in range(0, cameras, step))
 
 
 # ---------------------------------------------------------------- backward passes
@@ -257,7 +265,7 @@ def _by_twin(
 
 
 def _by_kernels(**arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    raise NotImplementedError
+    return backends._compiled().contributions(**arguments)
 
 
 def _by_gsplat(viewmats: Tensor, Ks: Tensor, width: int, height: int, **others: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -379,14 +387,3 @@ def _check_maps(maps: Tensor, expected: tuple[int | str, ...], why: str = "") ->
         raise InputError(f"maps: found {checks.shape_of(maps)}, expected {wanted}{why}.")
     if maps.is_complex():
         raise InputError(f"maps: found {maps.dtype}, expected a real type.")
-
-
-def _choose(backend: str, means: Tensor) -> str:
-    """A key of CONTRIBUTIONS; "auto" is resolved as `rasterization` does."""
-    if backend not in backends.BACKENDS:
-        raise InputError(f"backend: found {backend!r}, expected one of {', '.join(map(repr, backends.BACKENDS))}.")
-    if backend != "auto":
-        return backend
-    if means.is_cuda and means.dtype == torch.float32:
-        return "gsplat"
-    return "torch"

@@ -310,6 +310,12 @@ def lowest_bit(typing: Any, bits: Any) -> Any:
     return types.int64(types.int64), lambda context, builder, sig, args: builder.cttz(args[0], ir.IntType(1)(1))
 
 
+@intrinsic
+def count_bits(typing: Any, bits: Any) -> Any:
+    """How many bits of an int64 are set."""
+    return types.int64(types.int64), lambda context, builder, sig, args: builder.ctpop(args[0])
+
+
 # ---------------------------------------------------------------- memory: flat C-contiguous arrays, bounds not checked
 
 

@@ -1,4 +1,6 @@
-"""Every guidance with networks in half precision and everything else in single; and what must not be asked."""
+"""Every guidance on every kind of model, in half precision too, and what must not be asked of them."""
+
+from functools import cache
 
 import pytest
 import tiny_models as tiny
@@ -9,15 +11,20 @@ from splatedit.diffusion import guided, repeat, sample_draw
 from splatedit.editing import edit
 from splatedit.errors import InputError
 from splatedit.guidance import GUIDANCE, Request, dds, fpr, ids
-from splatedit.priors import Prior
+from splatedit.priors import Prior, load_prior
 from splatedit.timesteps import PUBLISHED
 from splatedit.tuning import Tuning, bind
 
 HALF = [torch.float16, torch.bfloat16]
 
 
-def gradient(name, prior):
-    z, z_source = (torch.randn(2, 4, 8, 8, generator=seeded(s)) for s in (1, 2))
+@cache
+def prior_of(pipeline, dtype=torch.float32):
+    return Prior(pipeline(), dtype=dtype)
+
+
+def gradient(name, prior, dtype=torch.float32):
+    z, z_source = (torch.randn(2, 4, 8, 8, generator=seeded(s)).to(dtype) for s in (1, 2))
     texts = (repeat(prior.text([p]), 2) for p in ("a pig", "a cat"))
     request = Request(*texts, z_source, camera=torch.randn(2, 16, generator=seeded(3)))
     draw = sample_draw(prior.alphas_cumprod, z, (0.2, 0.6), seeded(4))
@@ -26,25 +33,49 @@ def gradient(name, prior):
         return GUIDANCE[name](guided(prior.denoise, prior.null(), 3.0), z, draw, request, **options)
 
 
+@pytest.mark.parametrize("latents", [*HALF, torch.float64])
+@pytest.mark.parametrize("network", [torch.float32, *HALF])
+def test_latents_of_any_type_get_gradients_of_that_type(latents, network):
+    prior = prior_of(tiny.sd, network)
+    for name in GUIDANCE:
+        grad = gradient(name, prior, latents)
+        assert grad.dtype == latents and grad.isfinite().all(), name
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("pipeline", [tiny.sd, tiny.sdxl])
 @pytest.mark.parametrize("name", GUIDANCE)
 def test_gradients_are_single_precision_and_nearly_those_of_single_networks(name, pipeline, dtype):
-    exact, found = (gradient(name, Prior(pipeline(), dtype=d)) for d in (torch.float32, dtype))
+    exact, found = (gradient(name, prior_of(pipeline, d)) for d in (torch.float32, dtype))
     assert found.dtype == torch.float32 and found.isfinite().all()
     # vsd begins as the difference of two nearly equal scores, and is as precise as they are.
-    size = (gradient("sds", Prior(pipeline())) if name == "vsd" else exact).norm()
+    size = (gradient("sds", prior_of(pipeline)) if name == "vsd" else exact).norm()
     assert (found - exact).norm() < 10 * torch.finfo(dtype).eps * size
 
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("name", GUIDANCE)
 def test_an_edit_runs_in_half_precision_and_its_splats_are_single(name, dtype, cloud):
-    prior = Prior(tiny.sd(), dtype=dtype)
+    prior = prior_of(tiny.sd, dtype)
     *_, last = edit(cloud, "a pig", "a cat", model=prior, guidance=name, steps=2, views=3, supersample=1, neighbours=0)
     for value in last.gaussians.parameters.values():
         assert value.dtype == torch.float32 and value.isfinite().all()
     assert last.loss > 0 and not torch.equal(last.gaussians.sh0, cloud.sh0)
+
+
+@pytest.fixture(scope="module")
+def priors():
+    return {"bundled": load_prior("pocket"), "sdxl": prior_of(tiny.sdxl), "v": Prior(tiny.sd("v_prediction"))}
+
+
+@pytest.mark.parametrize("kind", ["bundled", "sdxl", "v"])
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_every_guidance_edits_splats_with_every_kind_of_model(name, kind, priors, cloud):
+    settings = {"steps": 1, "views": 3, "views_per_step": 1, "supersample": 1, "neighbours": 0}
+    step = next(edit(cloud, "a pig", "a cat", model=priors[kind], guidance=name, **settings))
+    assert 0 < step.loss < 100 and step.gaussians.sh0.isfinite().all()
+    assert not torch.equal(step.gaussians.sh0, cloud.sh0)
+    assert all(p.grad is None and not p.requires_grad for p in priors[kind].unet.parameters())
 
 
 def test_a_torch_without_half_precision_on_the_cpu_says_so(monkeypatch):
@@ -74,7 +105,7 @@ def test_a_negative_lambda_or_count_is_an_error(cloud):
 
 @pytest.mark.parametrize("name", ["ids", "dds", "cds", "pds", "dreamcatalyst"])
 def test_latents_of_two_sizes_are_an_error(name):
-    prior = Prior(tiny.sd())
+    prior = prior_of(tiny.sd)
     z, other = torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 16)
     draw = sample_draw(prior.alphas_cumprod, z, (0.2, 0.6), seeded())
     request = Request(prior.text(["a pig"]), prior.text(["a cat"]), other)
@@ -113,7 +144,7 @@ def test_a_model_without_a_null_prompt_takes_no_guidance_scale_but_one(way, clou
     ],
 )
 def test_an_edit_names_what_is_out_of_range(options, message, cloud):
-    prior = Prior(tiny.sd())
+    prior = prior_of(tiny.sd)
     with pytest.raises(InputError, match=message) as error:
         next(edit(cloud, "a pig", "a cat", model=prior, steps=1, views=3, supersample=1, **options))
     assert "\n" not in str(error.value)

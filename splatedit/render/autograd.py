@@ -50,10 +50,10 @@ def rasterize(
     limits = (near_plane, far_plane, radius_clip, eps2d)
     shape = (width, height, *limits, rasterize_mode == "antialiased", MIN_COMPENSATION)
     with_sh = sh_degree is not None and render_mode not in ("D", "ED")
-    degree, coefficients = (sh_degree, colors) if with_sh else (-1, None)
+    degree, coefficients = (-1, None) if sh_degree is None or not with_sh else (sh_degree, colors)
     channels = 0 if not with_sh else 3 if render_mode == "RGB" else 4
     splats, odd = project(means, quats, scales, opacities, coefficients, viewmats, Ks, degree, channels, shape)
-    if odd or not (with_sh or math.isfinite(colors.detach().sum())):
+    if odd or not (with_sh or math.isfinite(colors.detach().numpy().sum())):
         parameters = {"means": means, "quats": quats, "scales": scales, "opacities": opacities, "colors": colors}
         views = {"viewmats": viewmats, "Ks": Ks, "backgrounds": backgrounds}
         checks.values({**parameters, **views, "sh_degree": sh_degree})

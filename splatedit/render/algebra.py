@@ -22,7 +22,7 @@ Names: v_x is the gradient of the loss with respect to x. Sources are places in 
 import numpy as np
 
 from splatedit.render.kernel_cache import jit
-from splatedit.render.simd import FAST, LANES, vgather, vscatter, vsqrt, where
+from splatedit.render.simd import FAST, load3, load4, store3, store4, vsqrt, where
 
 F = np.float32
 RECORD = 16  # floats
@@ -36,36 +36,20 @@ inline = jit(nogil=True, error_model="numpy", fastmath=set(FAST), forceinline=Tr
 
 
 @inline
-def read3(array, i):
-    return vgather(array, 3 * i, 3), vgather(array, 3 * i + 1, 3), vgather(array, 3 * i + 2, 3)
-
-
-@inline
-def read4(array, i):
-    return (vgather(array, 4 * i, 4), vgather(array, 4 * i + 1, 4), vgather(array, 4 * i + 2, 4),
-            vgather(array, 4 * i + 3, 4))  # fmt: skip
-
-
-@inline
 def put3(array, i, x, add):
-    """Row i of (n, 3) becomes x, or grows by it."""
+    """Rows i .. of (n, 3) become x, or grow by it."""
     if add:
-        x = mix(F(1), x, F(1), read3(array, i))
-    vscatter(array, 3 * i, 3, x[0])
-    vscatter(array, 3 * i + 1, 3, x[1])
-    vscatter(array, 3 * i + 2, 3, x[2])
+        x = mix(F(1), x, F(1), load3(array, 3 * i))
+    store3(array, 3 * i, x)
 
 
 @inline
 def put4(array, i, x, add):
-    """Row i of (n, 4) becomes x, or grows by it."""
+    """Rows i .. of (n, 4) become x, or grow by it."""
     if add:
-        y = read4(array, i)
+        y = load4(array, 4 * i)
         x = (x[0] + y[0], x[1] + y[1], x[2] + y[2], x[3] + y[3])
-    vscatter(array, 4 * i, 4, x[0])
-    vscatter(array, 4 * i + 1, 4, x[1])
-    vscatter(array, 4 * i + 2, 4, x[2])
-    vscatter(array, 4 * i + 3, 4, x[3])
+    store4(array, 4 * i, x)
 
 
 @inline

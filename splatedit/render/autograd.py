@@ -20,6 +20,7 @@ from splatedit.render.constants import ALPHA_MAX, MIN_COMPENSATION, TILE
 from splatedit.render.simd import LANES
 from splatedit.render.twin import meta
 
+MANY = 1 << 18  # Gaussians that are sorted on several threads
 PAST_CACHE = 1 << 24  # bytes; gradients larger than this are written past the cache, which would lose them anyway
 
 
@@ -158,15 +159,17 @@ def _arrays(*tensors: Tensor) -> list[np.ndarray]:
     return [_array(t) for t in tensors]
 
 
-def _by_blocks(kernel: Any, n: int, inputs: list[np.ndarray], outputs: list[np.ndarray], *shared: object) -> None:
+def _by_blocks(
+    kernel: Any, n: int, inputs: list[np.ndarray], outputs: list[np.ndarray], *shared: object, fill: float = 0.0
+) -> None:
     """Run a kernel that takes LANES rows at a time over arrays of n rows.
 
-    What is left over of n / LANES goes through copies, filled up with zeros, as one chunk more.
+    What is left over of n / LANES goes through copies, filled up with harmless numbers, as one chunk more.
     """
     whole, rest = divmod(n, LANES)
     pool.run(kernel, whole, pool.chunks_of(n), *(a.reshape(-1) for a in (*inputs, *outputs)), *shared)
     if rest:
-        filled = _filled(LANES, (*inputs, *outputs))
+        filled = _filled(LANES, (*inputs, *outputs), fill)
         for a, b in zip((*inputs, *outputs), filled, strict=True):
             b[:rest] = a[n - rest :]
         kernel(0, 1, pool.chunks_of(n), *(b.reshape(-1) for b in filled), *shared)
@@ -174,19 +177,19 @@ def _by_blocks(kernel: Any, n: int, inputs: list[np.ndarray], outputs: list[np.n
             a[n - rest :] = b[:rest]
 
 
-def _filled(rows: int, like: tuple[np.ndarray, ...]) -> list[np.ndarray]:
-    """Zeros of so many rows for each array, all on one piece of memory, each from the start of a cache line on."""
+def _filled(rows: int, like: tuple[np.ndarray, ...], fill: float) -> list[np.ndarray]:
+    """So many rows for each array, all on one piece of memory, each from the start of a cache line on."""
     sizes = [rows * a[:1].nbytes for a in like]
     starts = np.cumsum([0, *(-(-size // 64) * 64 for size in sizes)])
-    whole = memory.empty(int(starts[-1]), np.uint8)
-    whole[:] = 0
+    whole = memory.empty(int(starts[-1]), np.uint8, aligned=True)
+    whole.view(F)[:] = fill
     pieces = (whole[start : start + size] for start, size in zip(starts, sizes, strict=False))
     return [p.view(a.dtype).reshape(rows, *a.shape[1:]) for p, a in zip(pieces, like, strict=True)]
 
 
 def _chunk_sums(n: int) -> np.ndarray:
     """One row of 16 sums for each chunk of `_by_blocks`, to be added in this order."""
-    sums = memory.empty((pool.chunks_of(n) + 1, RECORD))
+    sums = memory.empty((pool.chunks_of(n) + 1, RECORD), aligned=True)
     sums[:] = 0
     return sums
 
@@ -219,7 +222,7 @@ class _Project(torch.autograd.Function):
                 antialiased,
             )
             harmonics = (F(least), degree, 3 * coefficients.shape[1], channels)
-            _by_blocks(projection.project, n, inputs, [a[c] for a in results], *camera, *harmonics)
+            _by_blocks(projection.project, n, inputs, [a[c] for a in results], *camera, *harmonics, fill=1.0)
         odd[0] = found.any()
         tensors = [torch.from_numpy(a) for a in results]
         ctx.save_for_backward(means, quats, scales, opacities, coefficients, viewmats, Ks, tensors[0], tensors[5])
@@ -287,17 +290,17 @@ def _pair_up(
     tiles, total, channels = columns * rows, cameras * n, colors.shape[-1]
 
     inputs = [_array(t.flatten(0, 1)) for t in (means2d, conics, opacities, colors, radii)]
-    records, touched = memory.empty(total * RECORD), memory.empty(total, np.int32)
+    records, touched = memory.empty(total * RECORD, aligned=True), memory.empty(total, np.int32)
     boxes = memory.empty(total * 4, np.int16)
     outputs = [records.reshape(total, RECORD), boxes.reshape(total, 4), touched]
     _by_blocks(binning.pack, total, inputs, outputs, channels, columns, rows)
-    order, limits = _sort(_array(depths).reshape(-1), touched, cameras)
+    order, first, past = _sort(_array(depths).reshape(-1), touched, cameras)
 
     start = memory.empty(total + 1, np.int64)
     start[0] = 0
     np.cumsum(touched, out=start[1:])
-    parts = pool.chunks_of(int((limits[1:] - limits[:-1]).max()), 4096, 4)  # of a camera, each with its own counts
-    ranges = _parts(limits[:-1], limits[1:], parts)
+    parts = pool.chunks_of(int((past - first).max()), 4096, 4)  # of a camera, each with its own counts
+    ranges = _parts(first, past, parts)
     pair_counts = np.zeros((cameras * parts, tiles), np.int64)
     pool.run(binning.count_pairs, len(ranges), len(ranges), ranges, order, boxes, pair_counts, columns)
     by_part = pair_counts.reshape(cameras, parts, tiles)
@@ -319,38 +322,37 @@ def _parts(first: np.ndarray, past: np.ndarray, parts: int) -> np.ndarray:
     return np.stack([cuts[:, :-1], cuts[:, 1:]], -1).reshape(-1, 2)
 
 
-def _sort(depths: np.ndarray, touched: np.ndarray, cameras: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of what is seen, nearest first, camera c at [limits[c] : limits[c + 1]]; and limits (c + 1,)."""
+def _sort(depths: np.ndarray, touched: np.ndarray, cameras: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Numbers of what is seen, nearest first, those of camera c at order[first[c] : past[c]]; order, first, past."""
     bits, n = depths.view(np.uint32), len(depths) // cameras
-    count = pool.chunks_of(n, 1 << 15, 16)
-    parts = _parts(np.arange(cameras) * n, np.arange(1, cameras + 1) * n, count)
-    bounds = np.empty((len(parts), 3), np.int64)
-    pool.run(binning.depth_bounds, len(parts), len(parts), parts, bits, touched, bounds)
-    by_camera = bounds.reshape(cameras, count, 3)
-    limits = np.concatenate([[0], by_camera[:, :, 0].sum(1).cumsum()])
-    low = np.minimum(by_camera[:, :, 1].min(1), by_camera[:, :, 2].max(1))
-    lengths = [int(span).bit_length() for span in by_camera[:, :, 2].max(1) - low]
-    buckets = 1 if n < 1 << 14 else 256
-    shift = np.array([max(0, length - buckets.bit_length() + 1) for length in lengths])
-    lows, shifts = np.repeat(low, count).astype(np.uint32), np.repeat(shift, count).astype(np.uint32)
-    counts = np.zeros((len(parts), buckets), np.int64)
-    pool.run(binning.count_buckets, len(parts), len(parts), parts, bits, touched, lows, shifts, counts)
-    by_bucket = counts.reshape(cameras, count, buckets).swapaxes(1, 2)  # camera, bucket, part: the order of places
-    starts = np.concatenate([[0], by_bucket.sum(2).reshape(-1).cumsum()])
-    places = (by_bucket.reshape(-1).cumsum() - by_bucket.reshape(-1)).reshape(by_bucket.shape).swapaxes(1, 2)
-    places = np.ascontiguousarray(places.reshape(len(parts), buckets))
-    keys, order = memory.empty(int(limits[-1]), np.uint32), memory.empty(int(limits[-1]), np.int32)
-    pool.run(binning.fill_buckets, len(parts), len(parts), parts, bits, touched, lows, shifts, places, keys, order)
-    pool.run(
-        binning.sort_buckets,
-        len(starts) - 1,
-        pool.chunks_of(len(starts) - 1, 16),
-        starts,
-        np.repeat(shift, buckets),
-        keys,
-        order,
-    )
-    return order, limits
+    order, counts = memory.empty(len(depths), np.int32), np.zeros(cameras, np.int64)
+    if n < MANY:
+        pool.run(binning.sort_by_depth, cameras, cameras, bits, touched, order, counts, n)
+    else:
+        for c in range(cameras):
+            counts[c] = _sort_many(bits, touched, order, c * n, (c + 1) * n)
+    first = np.arange(cameras) * n
+    return order, first, first + counts
+
+
+def _sort_many(bits: np.ndarray, touched: np.ndarray, order: np.ndarray, first: int, past: int) -> int:
+    """The same for the Gaussians first .. past - 1, one camera, on several threads; returns how many are seen."""
+    count, buckets = 16, 256
+    parts = _parts(np.array([first]), np.array([past]), count)
+    bounds = np.empty((count, 3), np.int64)
+    pool.run(binning.depth_bounds, count, count, parts, bits, touched, bounds)
+    low, high = bounds[:, 1].min(), bounds[:, 2].max()
+    shift = max(0, int(high - low).bit_length() - 8) if high >= low else 0
+    counts = np.zeros((count, buckets), np.int64)
+    cut = (np.uint32(low), np.uint32(shift))
+    pool.run(binning.count_buckets, count, count, parts, bits, touched, *cut, counts)
+    ends = counts.T.reshape(-1).cumsum()  # places in the order of buckets, within one of parts
+    places = np.ascontiguousarray((ends - counts.T.reshape(-1)).reshape(buckets, count).T)
+    starts = np.concatenate([places[0], ends[-1:]])
+    keys, sorted_ = memory.empty(int(ends[-1]), np.uint32), order[first : first + int(ends[-1])]
+    pool.run(binning.fill_buckets, count, count, parts, bits, touched, *cut, places, keys, sorted_)
+    pool.run(binning.sort_buckets, buckets, 16, starts, keys, sorted_, shift)
+    return int(ends[-1])
 
 
 def _draw(
@@ -399,7 +401,7 @@ class _Composite(torch.autograd.Function):
         width, height, divide, absgrad = ctx.options
         (cameras, n, channels), v = colors.shape, _array(v_image).reshape(-1)
         divided = _array(image).reshape(-1) if divide else np.empty(0, F)
-        gradients = memory.empty(len(paired.masks) * RECORD)
+        gradients = memory.empty(len(paired.masks) * RECORD, aligned=True)
         v_means2d, v_conics = memory.empty((cameras, n, 2)), memory.empty((cameras, n, 3))
         v_opacities, v_colors = memory.empty((cameras, n)), memory.empty((cameras, n, channels))
         v_abs = memory.empty((cameras, n, 2) if absgrad else (0,))

@@ -7,12 +7,16 @@ import math
 
 import numpy as np
 
-from splatedit.render.algebra import RECORD, F, aligned, kernel, read3
+from splatedit.render.algebra import RECORD, F, aligned, inline, kernel
 from splatedit.render.constants import TILE
 from splatedit.render.simd import (
     LANES,
     any_lane,
+    load2,
+    load3,
     prefetch,
+    store1,
+    store4,
     stream_transposed,
     vceil,
     vfloor,
@@ -21,7 +25,6 @@ from splatedit.render.simd import (
     vlog,
     vmax,
     vmin,
-    vscatter,
     vsqrt,
     vstore,
     where,
@@ -45,13 +48,13 @@ def pack(begin, end, chunk, means2d, conics, opacities, colors, radii, records, 
     record[:] = 0
     last_column, last_row = F(columns * TILE - 1), F(rows * TILE - 1)
     for i in range(begin * LANES, end * LANES, LANES):
-        rx, ry = vgather(radii, 2 * i, 2), vgather(radii, 2 * i + 1, 2)
+        rx, ry = load2(radii, 2 * i)
         ok = (rx > F(0)) & (ry > F(0))
         if not any_lane(ok):
-            vscatter(touched, i, 1, F(0))
+            store1(touched, i, (F(0),))
             continue
-        x, y = vgather(means2d, 2 * i, 2), vgather(means2d, 2 * i + 1, 2)
-        a, b, c = read3(conics, i)
+        x, y = load2(means2d, 2 * i)
+        a, b, c = load3(conics, 3 * i)
         log_opacity = vlog(where(ok, vload(opacities, i), F(1)))
         square = (vmax(log_opacity + F(LN_255), F(0)) * F(2.0002) + F(2e-4)) / vmax(a * c - b * b, F(1e-20))
         half_x, half_y = vmin(vsqrt(square * c) + F(0.01), rx), vmin(vsqrt(square * a) + F(0.01), ry)
@@ -61,11 +64,8 @@ def pack(begin, end, chunk, means2d, conics, opacities, colors, radii, records, 
         ok = ok & (x1 >= x0) & (y1 >= y0)
         x0, x1 = where(ok, vfloor(x0 * F(1 / TILE)), F(0)), where(ok, vfloor(x1 * F(1 / TILE)), F(0))
         y0, y1 = where(ok, vfloor(y0 * F(1 / TILE)), F(0)), where(ok, vfloor(y1 * F(1 / TILE)), F(0))
-        vscatter(boxes, 4 * i, 4, x0)
-        vscatter(boxes, 4 * i + 1, 4, x1)
-        vscatter(boxes, 4 * i + 2, 4, y0)
-        vscatter(boxes, 4 * i + 3, 4, y1)
-        vscatter(touched, i, 1, where(ok, (x1 - x0 + F(1)) * (y1 - y0 + F(1)), F(0)))
+        store4(boxes, 4 * i, (x0, x1, y0, y1))
+        store1(touched, i, (where(ok, (x1 - x0 + F(1)) * (y1 - y0 + F(1)), F(0)),))
         vstore(record, 0 * LANES, x)
         vstore(record, 1 * LANES, y)
         vstore(record, 2 * LANES, a * F(-0.5 * LOG2_E))
@@ -90,13 +90,67 @@ def recolor(begin, end, chunk, colors, touched, records, channels, first):
 
 
 # Depths are sorted by their bits, which for positive floats are in the order of the values (csrc/IntersectTile.cu does
-# the same), less the smallest: first into buckets by the leading bits, each part of the Gaussians with places of its
-# own in each bucket; then the buckets, which fit the nearest cache, by radix. Equal depths stay in order of number.
+# the same), less the smallest. Equal depths stay in order of number.
+
+
+@inline
+def radix_sort(keys, order, length):
+    """Sorts `order` by `keys`, of which the low `length` bits matter, in rounds of at most 11 bits; keys are lost."""
+    count = len(keys)
+    if count < 2 or length == 0:
+        return
+    rounds = (length + 10) // 11
+    width = (length + rounds - 1) // rounds
+    places, mask = np.empty(1 << width, np.int64), np.uint32((1 << width) - 1)
+    a, x = keys, order
+    b, y = np.empty(count, np.uint32), np.empty(count, np.int32)
+    for r in range(rounds):
+        shift = np.uint32(r * width)
+        places[:] = 0
+        for j in range(count):
+            places[(a[j] >> shift) & mask] += 1
+        total = 0
+        for d in range(places.shape[0]):
+            total, places[d] = total + places[d], total
+        for j in range(count):
+            d = (a[j] >> shift) & mask
+            b[places[d]] = a[j]
+            y[places[d]] = x[j]
+            places[d] += 1
+        a, b = b, a
+        x, y = y, x
+    if rounds % 2:
+        order[:] = x
+
+
+@kernel
+def sort_by_depth(begin, end, chunk, bits, touched, order, counts, n):
+    """order[c n : c n + counts[c]]: numbers of what camera c sees, nearest first."""
+    for c in range(begin, end):
+        keys = np.empty(n, np.uint32)
+        low, high, count = np.uint32(0xFFFFFFFF), np.uint32(0), 0
+        for i in range(c * n, (c + 1) * n):
+            if touched[i] > 0:
+                keys[count] = bits[i]
+                order[c * n + count] = i
+                low, high = min(low, bits[i]), max(high, bits[i])
+                count += 1
+        counts[c] = count
+        length = 0
+        while count > 0 and length < 32 and np.uint64(high - low) >> np.uint64(length) != 0:
+            length += 1
+        for j in range(count):
+            keys[j] -= low
+        radix_sort(keys[:count], order[c * n : c * n + count], length)
+
+
+# A large scene goes first into buckets by the leading bits, each part of its Gaussians with places of its own in each
+# bucket; then the buckets, which fit the nearest cache, are sorted. All steps run on several threads.
 
 
 @kernel
 def depth_bounds(begin, end, chunk, parts, bits, touched, bounds):
-    """bounds[q]: number, least and largest bits of those that are seen of parts[q] = (first, past)."""
+    """bounds[q]: number, least and largest bits of what is seen of the Gaussians parts[q, 0] .. parts[q, 1] - 1."""
     for q in range(begin, end):
         count, low, high = 0, np.uint32(0xFFFFFFFF), np.uint32(0)
         for i in range(parts[q, 0], parts[q, 1]):
@@ -107,20 +161,18 @@ def depth_bounds(begin, end, chunk, parts, bits, touched, bounds):
 
 
 @kernel
-def count_buckets(begin, end, chunk, parts, bits, touched, lows, shifts, counts):
-    """counts[q, k]: how many of part q belong into bucket k = (bits - low) >> shift of their camera."""
+def count_buckets(begin, end, chunk, parts, bits, touched, low, shift, counts):
+    """counts[q, k]: how many of part q belong into bucket k = (bits - low) >> shift."""
     for q in range(begin, end):
-        low, shift = lows[q], shifts[q]
         for i in range(parts[q, 0], parts[q, 1]):
             if touched[i] > 0:
                 counts[q, (bits[i] - low) >> shift] += 1
 
 
 @kernel
-def fill_buckets(begin, end, chunk, parts, bits, touched, lows, shifts, places, keys, order):
+def fill_buckets(begin, end, chunk, parts, bits, touched, low, shift, places, keys, order):
     """Keys and numbers of part q into its buckets, from places[q, k] on."""
     for q in range(begin, end):
-        low, shift = lows[q], shifts[q]
         for i in range(parts[q, 0], parts[q, 1]):
             if touched[i] > 0:
                 key = bits[i] - low
@@ -131,37 +183,10 @@ def fill_buckets(begin, end, chunk, parts, bits, touched, lows, shifts, places, 
 
 
 @kernel
-def sort_buckets(begin, end, chunk, starts, shifts, keys, order):
-    """Radix sort of the numbers order[starts[k] : starts[k + 1]] by their keys, of which the low bits matter.
-
-    Rounds of at most 11 bits; shifts[k] is how many bits do.
-    """
+def sort_buckets(begin, end, chunk, starts, keys, order, length):
+    """Sorts the numbers order[starts[k] : starts[k + 1]] by the low `length` bits of their keys."""
     for k in range(begin, end):
-        first, count, length = starts[k], starts[k + 1] - starts[k], shifts[k]
-        if count < 2 or length == 0:
-            continue
-        rounds = (length + 10) // 11
-        width = (length + rounds - 1) // rounds
-        places, mask = np.empty(1 << width, np.int64), np.uint32((1 << width) - 1)
-        a, x = keys[first : first + count], order[first : first + count]
-        b, y = np.empty(count, np.uint32), np.empty(count, np.int32)
-        for r in range(rounds):
-            shift = np.uint32(r * width)
-            places[:] = 0
-            for j in range(count):
-                places[(a[j] >> shift) & mask] += 1
-            total = 0
-            for d in range(places.shape[0]):
-                total, places[d] = total + places[d], total
-            for j in range(count):
-                d = (a[j] >> shift) & mask
-                b[places[d]] = a[j]
-                y[places[d]] = x[j]
-                places[d] += 1
-            a, b = b, a
-            x, y = y, x
-        if rounds % 2:
-            order[first : first + count] = x
+        radix_sort(keys[starts[k] : starts[k + 1]], order[starts[k] : starts[k + 1]], length)
 
 
 @kernel

@@ -3,7 +3,18 @@
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 from splatedit.render.algebra import F, inline
-from splatedit.render.simd import LANES, prefetch, stream_transposed, transpose, vgather, vload, vmax, vscatter, vsqrt, vstore
+from splatedit.render.simd import (
+    LANES,
+    prefetch,
+    stream_transposed,
+    transpose,
+    vgather,
+    vload,
+    vmax,
+    vscatter,
+    vsqrt,
+    vstore,
+)
 
 
 @inline

@@ -3,6 +3,7 @@
 A step of an optimisation makes the same arrays as the one before, many megabytes each. Fresh memory comes from the
 system page by page, zeroed at the first touch, which for a million Gaussians costs a sixth of a render. So the memory
 of an array made here goes, when the last array or tensor on it is gone, to a list from which the next takes it.
+The list holds what renders of late needed at once; `free` empties it.
 """
 
 import math
@@ -13,9 +14,10 @@ from typing import Any
 import numpy as np
 
 SMALLEST = 1 << 18  # bytes; what is smaller, the C library keeps by itself
-KEEP = 1 << 30  # bytes at most that wait to be used again
+PATIENCE = 256  # a block that so many others were taken before it was asked for, some ten renders, is given up
 
-_free: list[np.ndarray] = []  # the longest waiting first
+_free: list[tuple[int, np.ndarray]] = []  # when it came, and the block; the longest waiting first
+_taken = 0
 _lock = threading.Lock()
 
 
@@ -36,15 +38,17 @@ class _Loan:
         _give_back(self.block)
 
 
-def empty(shape: int | Sequence[int], dtype: Any = np.float32) -> np.ndarray:
-    """An array of any content, C-contiguous, that begins at a cache line."""
-    shape = tuple(map(int, shape if isinstance(shape, Sequence) else (shape,)))
+def empty(shape: int | Sequence[int], dtype: Any = np.float32, aligned: bool = False) -> np.ndarray:
+    """An array of any content, C-contiguous, that begins at a cache line if it is large or that is asked for."""
+    shape = tuple(map(int, shape)) if isinstance(shape, Sequence) else (int(shape),)
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    if size < SMALLEST:
-        block = np.empty(size + 64, np.uint8)
-        skip = -_address(block) % 64
-        return block[skip : skip + size].view(dtype).reshape(shape)
-    return np.asarray(_Loan(_take(size), shape, dtype))
+    if size >= SMALLEST:
+        return np.asarray(_Loan(_take(size), shape, dtype))
+    if not aligned:
+        return np.empty(shape, dtype)
+    block = np.empty(size + 64, np.uint8)
+    skip = -_address(block) % 64
+    return block[skip : skip + size].view(dtype).reshape(shape)
 
 
 def free() -> None:
@@ -59,16 +63,18 @@ def _address(block: np.ndarray) -> int:
 
 def _take(size: int) -> np.ndarray:
     """The smallest free block that holds `size` bytes and is not half empty, else a new one."""
+    global _taken
     with _lock:
-        fitting = [i for i, block in enumerate(_free) if size + 64 <= block.nbytes <= 2 * size]
+        _taken += 1
+        fitting = [(block.nbytes, i) for i, (_, block) in enumerate(_free) if size + 64 <= block.nbytes <= 2 * size]
         if fitting:
-            return _free.pop(min(fitting, key=lambda i: _free[i].nbytes))
+            return _free.pop(min(fitting)[1])[1]
     step = 1 << max(12, size.bit_length() - 4)  # so that the next, a little larger, fits too
     return np.empty((size + 64 + step - 1) // step * step, np.uint8)
 
 
 def _give_back(block: np.ndarray) -> None:
     with _lock:
-        _free.append(block)
-        while sum(b.nbytes for b in _free) > KEEP:
+        _free.append((_taken, block))
+        while _free[0][0] < _taken - PATIENCE:
             _free.pop(0)

@@ -14,7 +14,7 @@ import torch
 _executor: ThreadPoolExecutor | None = None
 
 
-def chunks_of(count: int, smallest: int = 2048, most: int = 64) -> int:
+def chunks_of(count: int, smallest: int = 2048, most: int = 32) -> int:
     """Number of chunks for `count` items of at least `smallest` items each.
 
     It must not depend on the number of threads: sums are kept per chunk and added in the order of the chunks, so that

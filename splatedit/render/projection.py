@@ -20,8 +20,6 @@ from splatedit.render.algebra import (
     mix,
     put3,
     put4,
-    read3,
-    read4,
     rotation,
     row_times,
     unit4,
@@ -33,14 +31,18 @@ from splatedit.render.simd import (
     any_lane,
     fma,
     lane_bits,
+    load2,
+    load3,
+    load4,
+    store2,
+    store3,
+    store4,
     store_sums,
     vceil,
-    vgather,
     vload,
     vlog,
     vmax,
     vmin,
-    vscatter,
     vsplat,
     vsqrt,
     vstore,
@@ -200,14 +202,14 @@ def project(begin, end, chunk, means, quats, scales, opacities, coefficients, ra
     harmonics, block = aligned(16 * LANES), aligned(floats * LANES)
     strange = vsplat(F(0))
     for i in range(begin * LANES, end * LANES, LANES):
-        p, s = read3(means, i), read3(scales, i)
+        p, s = load3(means, 3 * i), load3(scales, 3 * i)
         x, y, z = to_camera(view, p)
         ok = (z >= near) & (z <= far)
         inverse_z = F(1) / where(ok, z, F(1))
         u, v = x * inverse_z, y * inverse_z
         column, row = u * K[0, 0] + K[0, 2], v * K[1, 1] + K[1, 2]
         _, t0, t1 = jacobian(view, K, limits, u, v, inverse_z)
-        q, norm = unit4(read4(quats, i))
+        q, norm = unit4(load4(quats, 4 * i))
         m = columns_times(rotation(q), s)
         xx, xy, yy, det, sharp, _ = ellipse(row_times(t0, m), row_times(t1, m), eps2d)
         ok = ok & (det > F(0)) & (det < F(1e38))
@@ -221,10 +223,8 @@ def project(begin, end, chunk, means, quats, scales, opacities, coefficients, ra
         rx, ry = vmin(vceil(extend * vsqrt(xx)), RADIUS_MAX), vmin(vceil(extend * vsqrt(yy)), RADIUS_MAX)
         seen = seen & ((rx > clip) | (ry > clip))
         seen = seen & (column + rx > F(0)) & (column - rx < width) & (row + ry > F(0)) & (row - ry < height)
-        vscatter(radii, 2 * i, 2, where(seen, rx, F(0)))
-        vscatter(radii, 2 * i + 1, 2, where(seen, ry, F(0)))
-        vscatter(means2d, 2 * i, 2, where(ok, column, F(0)))
-        vscatter(means2d, 2 * i + 1, 2, where(ok, row, F(0)))
+        store2(radii, 2 * i, (where(seen, rx, F(0)), where(seen, ry, F(0))))
+        store2(means2d, 2 * i, (where(ok, column, F(0)), where(ok, row, F(0))))
         vstore(depths, i, z)
         put3(conics, i, keep3(ok, (yy * inverse_det, -xy * inverse_det, xx * inverse_det)), False)
         vstore(dimmed, i, where(ok, opacity, F(0)))
@@ -233,22 +233,27 @@ def project(begin, end, chunk, means, quats, scales, opacities, coefficients, ra
             if any_lane(seen):
                 c = shade(p, eye, coefficients, i, degree, floats, harmonics, block)
                 strange = strange + (c[0] + c[1] + c[2]) * F(0)
-            for k in range(3):
-                vscatter(colors, channels * i + k, channels, where(seen, vmax(c[k], F(0)), F(0)))
+            c = keep3(seen, (vmax(c[0], F(0)), vmax(c[1], F(0)), vmax(c[2], F(0))))
             if channels == 4:
-                vscatter(colors, 4 * i + 3, 4, z)
+                store4(colors, 4 * i, (c[0], c[1], c[2], z))
+            else:
+                store3(colors, 3 * i, c)
     if lane_bits(strange >= F(0)) != (1 << LANES) - 1:  # 0, or NaN where one of them was not finite
         odd[chunk] = 1
 
 
 @inline
-def lit_gradient(ok, colors, v_colors, i, channels):
-    """v of the colours; one that was cut off at 0 passes none on."""
-    v0, v1, v2 = (vgather(v_colors, channels * i, channels), vgather(v_colors, channels * i + 1, channels),
-                  vgather(v_colors, channels * i + 2, channels))  # fmt: skip
-    return (where(ok & (vgather(colors, channels * i, channels) > F(0)), v0, F(0)),
-            where(ok & (vgather(colors, channels * i + 1, channels) > F(0)), v1, F(0)),
-            where(ok & (vgather(colors, channels * i + 2, channels) > F(0)), v2, F(0)))  # fmt: skip
+def color_gradient(ok, colors, v_colors, i, channels):
+    """v of the colours, and of the depth if it is a channel; a colour that was cut off at 0 passes none on."""
+    v_depth = vsplat(F(0))
+    if channels == 4:
+        lit0, lit1, lit2, _ = load4(colors, 4 * i)
+        v0, v1, v2, v_depth = load4(v_colors, 4 * i)
+    else:
+        lit0, lit1, lit2 = load3(colors, 3 * i)
+        v0, v1, v2 = load3(v_colors, 3 * i)
+    return (where(ok & (lit0 > F(0)), v0, F(0)), where(ok & (lit1 > F(0)), v1, F(0)),
+            where(ok & (lit2 > F(0)), v2, F(0))), v_depth  # fmt: skip
 
 
 @inline
@@ -280,25 +285,26 @@ def project_backward(begin, end, chunk, means, quats, scales, opacities, coeffic
     scratch = (aligned(16 * LANES), aligned(16 * LANES), aligned(floats * LANES), aligned(floats * LANES))
     g00 = g01 = g02 = g03 = g10 = g11 = g12 = g13 = g20 = g21 = g22 = g23 = ex = ey = ez = vsplat(F(0))
     for i in range(begin * LANES, end * LANES, LANES):
-        ok = (vgather(radii, 2 * i, 2) > F(0)) & (vgather(radii, 2 * i + 1, 2) > F(0))
+        rx, ry = load2(radii, 2 * i)
+        ok = (rx > F(0)) & (ry > F(0))
         if not any_lane(ok):
             if not add:
                 put_nothing(v_means, v_quats, v_scales, v_opacities, v_coefficients, i, floats, wanted, stream)
             continue
         # forward again: B = T m, m = r diag(s)
-        p = keep3(ok, read3(means, i))
+        p = keep3(ok, load3(means, 3 * i))
         x, y, z = to_camera(view, p)
         inverse_z = F(1) / where(ok, z, F(1))
         u, v = x * inverse_z, y * inverse_z
         (jx, jxz, jy, jyz), t0, t1 = jacobian(view, K, limits, u, v, inverse_z)
-        q = read4(quats, i)
+        q = load4(quats, 4 * i)
         q, norm = unit4((where(ok, q[0], F(1)), where(ok, q[1], F(0)), where(ok, q[2], F(0)), where(ok, q[3], F(0))))
-        r, s = rotation(q), keep3(ok, read3(scales, i))
+        r, s = rotation(q), keep3(ok, load3(scales, 3 * i))
         m = columns_times(r, s)
         # through the ellipse to B, then to m = T^T v_B, and from there to scales and rotation
         b0, b1, v_opacity = ellipse_gradient(
-            ok, row_times(t0, m), row_times(t1, m), keep3(ok, read3(v_conics, i)), where(ok, vload(v_dimmed, i), F(0)),
-            vload(opacities, i), eps2d, antialiased, least,
+            ok, row_times(t0, m), row_times(t1, m), keep3(ok, load3(v_conics, 3 * i)),
+            where(ok, vload(v_dimmed, i), F(0)), vload(opacities, i), eps2d, antialiased, least,
         )  # fmt: skip
         n = (*mix(t0[0], b0, t1[0], b1), *mix(t0[1], b0, t1[1], b1), *mix(t0[2], b0, t1[2], b1))
         put3(v_scales, i, (n[0] * r[0] + n[3] * r[3] + n[6] * r[6], n[1] * r[1] + n[4] * r[4] + n[7] * r[7],
@@ -313,16 +319,17 @@ def project_backward(begin, end, chunk, means, quats, scales, opacities, coeffic
         v_jy = vt1[0] * view[1, 0] + vt1[1] * view[1, 1] + vt1[2] * view[1, 2]
         v_jyz = vt1[0] * view[2, 0] + vt1[1] * view[2, 1] + vt1[2] * view[2, 2]
         # to the point in the camera, by its pixel, its depth and J; beyond the frustum jxz does not depend on x
-        v_column = where(ok, vgather(v_means2d, 2 * i, 2), F(0))
-        v_row = where(ok, vgather(v_means2d, 2 * i + 1, 2), F(0))
+        v_column, v_row = load2(v_means2d, 2 * i)
+        v_column, v_row = where(ok, v_column, F(0)), where(ok, v_row, F(0))
         inside_x, inside_y = (u >= limits[0]) & (u <= limits[1]), (v >= limits[2]) & (v <= limits[3])
         vx = jx * (v_column - where(inside_x, v_jxz * inverse_z, F(0)))
         vy = jy * (v_row - where(inside_y, v_jyz * inverse_z, F(0)))
         vz = jx * v_jx + jy * v_jy + jxz * v_jxz * where(inside_x, F(2), F(1))
         vz = -(vz + jyz * v_jyz * where(inside_y, F(2), F(1))) * inverse_z
-        v_depth = vload(v_depths, i)
-        if degree >= 0 and channels == 4:
-            v_depth = v_depth + vgather(v_colors, 4 * i + 3, 4)
+        v_depth, v_color = vload(v_depths, i), (vsplat(F(0)), vsplat(F(0)), vsplat(F(0)))
+        if degree >= 0:
+            v_color, v_channel = color_gradient(ok, colors, v_colors, i, channels)
+            v_depth = v_depth + v_channel
         vz = vz + where(ok, v_depth, F(0)) - jx * u * v_column - jy * v * v_row
         v_mean = (vx * view[0, 0] + vy * view[1, 0] + vz * view[2, 0],
                   vx * view[0, 1] + vy * view[1, 1] + vz * view[2, 1],
@@ -334,7 +341,6 @@ def project_backward(begin, end, chunk, means, quats, scales, opacities, coeffic
         g22 = g22 + vz * p[2] + jxz * vt0[2] + jyz * vt1[2]
         g03, g13, g23 = g03 + vx, g13 + vy, g23 + vz
         if degree >= 0:
-            v_color = lit_gradient(ok, colors, v_colors, i, channels)
             a = shade_backward(ok, p, v_color, eye, coefficients, v_coefficients, i, degree, floats, add, wanted, bend,
                                stream, scratch)  # fmt: skip
             v_mean = mix(F(1), v_mean, F(1), a)

@@ -348,6 +348,74 @@ def _storing(stream: bool) -> Any:
 vstore, vstream = _storing(False), _storing(True)
 
 
+def _picked(builder: Any, vectors: list[Any], places: list[tuple[int, int]]) -> Any:
+    """The vector whose lane k is lane places[k][1] of vectors[places[k][0]]: one shuffle for each but the first."""
+    result = vectors[0]
+    lanes = [lane if v == 0 else 0 for v, lane in places]
+    for number in range(1, len(vectors)):
+        lanes = [LANES + lane if v == number else lanes[k] for k, (v, lane) in enumerate(places)]
+        result = _shuffle(builder, result, vectors[number], lanes)
+        lanes = list(range(LANES))
+    return result
+
+
+def _loading(count: int) -> Any:
+    def load(typing: Any, array: Any, index: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            array, index = args
+            parts = []
+            for j in range(count):
+                address = _address(context, builder, sig.args[0], array, builder.add(index, ir.IntType(64)(j * LANES)))
+                if isinstance(sig.args[0].dtype, types.Integer):
+                    integers = ir.VectorType(context.get_value_type(sig.args[0].dtype), LANES)
+                    part = builder.load(builder.bitcast(address, integers.as_pointer()))
+                    part.align = 2
+                    parts.append(builder.sitofp(part, _FLOATS))
+                else:
+                    parts.append(_load(builder, address))
+            columns = [
+                _picked(builder, parts, [divmod(k * count + column, LANES) for k in range(LANES)])
+                for column in range(count)
+            ]
+            return context.make_tuple(builder, sig.return_type, columns)
+
+        return types.UniTuple(vector, count)(array, types.intp), generate
+
+    load.__name__ = f"load{count}"
+    load.__doc__ = f"{count} vectors, lane k of number j is array[index + {count} * k + j], of float32 or integers."
+    return intrinsic(load)
+
+
+def _saving(count: int) -> Any:
+    def save(typing: Any, array: Any, index: Any, values: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            array, index, values = args
+            columns = [_vector_of(builder, sig.args[2][j], builder.extract_value(values, j)) for j in range(count)]
+            for j in range(count):
+                places = [divmod(j * LANES + k, count)[::-1] for k in range(LANES)]
+                part = _picked(builder, columns, places)
+                address = _address(context, builder, sig.args[0], array, builder.add(index, ir.IntType(64)(j * LANES)))
+                if isinstance(sig.args[0].dtype, types.Integer):
+                    integers = ir.VectorType(context.get_value_type(sig.args[0].dtype), LANES)
+                    builder.store(
+                        builder.fptosi(part, integers), builder.bitcast(address, integers.as_pointer())
+                    ).align = 2
+                else:
+                    _store(builder, part, address)
+            return context.get_dummy_value()
+
+        return types.void(array, types.intp, values), generate
+
+    save.__name__ = f"store{count}"
+    save.__doc__ = f"array[index + {count} * k + j] = lane k of values[j], for an array of float32 or integers."
+    return intrinsic(save)
+
+
+# rows of a few numbers, one row to a lane: some shuffles instead of LANES loads for each vector
+load2, load3, load4 = _loading(2), _loading(3), _loading(4)
+store1, store2, store3, store4 = _saving(1), _saving(2), _saving(3), _saving(4)
+
+
 @intrinsic
 def vgather(typing: Any, array: Any, index: Any, stride: Any) -> Any:
     """Lane k is array[index + k * stride], of an array of float32 or integers."""

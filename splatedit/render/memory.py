@@ -8,7 +8,6 @@ The list holds what renders of late needed at once; `free` empties it.
 
 import math
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,9 +37,9 @@ class _Loan:
         _give_back(self.block)
 
 
-def empty(shape: int | Sequence[int], dtype: Any = np.float32, aligned: bool = False) -> np.ndarray:
+def empty(shape: int | tuple[int, ...], dtype: Any = np.float32, aligned: bool = False) -> np.ndarray:
     """An array of any content, C-contiguous, that begins at a cache line if it is large or that is asked for."""
-    shape = tuple(map(int, shape)) if isinstance(shape, Sequence) else (int(shape),)
+    shape = tuple(map(int, shape)) if isinstance(shape, tuple) else (int(shape),)
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size >= SMALLEST:
         return np.asarray(_Loan(_take(size), shape, dtype))

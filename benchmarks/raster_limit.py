@@ -115,7 +115,8 @@ def _fault() -> float:
     return spent / max(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults, 1)
 
 
-def bandwidth(size: float) -> float:
+@functools.cache
+def bandwidth(size: int) -> float:
     """Bytes per second, read plus written, of copying between two arrays that together have `size` bytes."""
     half = int(min(max(size, 2**18), 2**28)) // 8
     return 8 * half / _seconds(_copy, np.ones(half, F), np.ones(half, F))

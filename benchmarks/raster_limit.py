@@ -149,7 +149,7 @@ class Work(NamedTuple):
     sh_bytes: int  # coefficients of one Gaussian
 
 
-@njit(cache=True, error_model="numpy")
+@njit(error_model="numpy")
 def _count(order, means2d, conics, opacities, radii, width, height, alpha_max):
     """counts[pairs, live pairs, hit, missed, lanes, hit backward, missed backward] of the Gaussians of one camera.
 

@@ -3,9 +3,10 @@
     python benchmarks/guidance_cost.py [--scene scenes/cat.ply --source "a cat" --target "a pig"] [--steps 1000]
 
 Evaluations are rows through a denoiser, counted by hooks on every U-Net (so that what a method trains is seen too), per
-view and step; cost counts a backward pass as 1.15 of them. Seconds are medians of whole steps of the edit (means for
-the cached methods, whose steps differ). Methods without a cache take --rounds steps; cached ones go through a whole
-edit of --steps, a share of it in every round, so that all see the same machine; the filling is in their numbers.
+view and step; cost counts a backward pass as 1.15 of them. Seconds are medians of whole steps of the edit; of the
+cached methods, the median of steps that fill a record and that of the others, weighed by how many there were. Methods
+without a cache take --rounds steps; cached ones go through a whole edit of --steps, a share of it in every round, so
+that all see the same machine.
 """
 
 from __future__ import annotations
@@ -87,6 +88,8 @@ class Contestant:
         self.seconds: list[float] = []
         self.parts: dict[str, list[float]] = {part: [] for part in PARTS}
         self.forward = self.back = 0
+        self.cache: dict[str, int] = {}
+        self.fills: list[bool] = []  # whether a step filled a record
 
     def go(self, count: Count, steps: int) -> None:
         """Take `steps` steps and write down what they cost."""
@@ -99,20 +102,25 @@ class Contestant:
             self.seconds.append(sum(step.seconds.values()) if not self.seconds else time.perf_counter() - start)
             for part in PARTS:
                 self.parts[part].append(step.seconds[part])
+            self.fills.append(step.cache.get("filled", 0) > self.cache.get("filled", 0))
             self.cache = dict(step.cache)
+
+    def middle(self, seconds: list[float]) -> float:
+        """Median of a step; of cached edits, medians of both kinds of steps in their proportions."""
+        kinds = [[s for s, fills in zip(seconds, self.fills, strict=True) if fills == kind] for kind in (True, False)]
+        return sum(statistics.median(kind) * len(kind) for kind in kinds if kind) / len(seconds)
 
     def result(self, views: int) -> dict[str, Any]:
         """Per view and step; seconds per step."""
         steps = len(self.seconds)
         rows = views * (steps if self.cached else steps - 1)
         forward, back = self.forward / rows, self.back / rows
-        middle = statistics.mean if self.cached else statistics.median
         return {
             "forward": forward,
             "back": back,
             "cost": forward + BACKWARD * back,
-            "seconds": middle(self.seconds),
-            **{part: middle(spent) for part, spent in self.parts.items()},
+            "seconds": self.middle(self.seconds),
+            **{part: self.middle(spent) for part, spent in self.parts.items()},
             "steps": steps,
             "cache": self.cache,
         }

@@ -6,7 +6,8 @@ A stage of the renderer takes, in CPU seconds summed over threads, at least abou
 
 rate: 16-lane operations per second of one core, measured on a half-and-half mix of multiply-adds and additions, which
 is about what the stages consist of and what cores are fastest at: a Zen 4 core starts one multiply-add *and* one other
-512-bit operation per cycle, an Intel server core two of any kind. bandwidth: of copying (bytes read plus bytes written)
+512-bit operation per cycle, an Intel server core two of any kind. "limit" also says what it would be at the rate of
+multiply-adds alone. bandwidth: of copying (bytes read plus bytes written)
 with arrays as large as all data of the call, so that what fits the cache is charged the cache's speed.
 
 operations and bytes, with n Gaussians of which v are visible, p pairs (tile, Gaussian) of which q come before their
@@ -114,7 +115,8 @@ def _fault() -> float:
     return spent / max(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults, 1)
 
 
-def bandwidth(size: float) -> float:
+@functools.cache
+def bandwidth(size: int) -> float:
     """Bytes per second, read plus written, of copying between two arrays that together have `size` bytes."""
     half = int(min(max(size, 2**18), 2**28)) // 8
     return 8 * half / _seconds(_copy, np.ones(half, F), np.ones(half, F))
@@ -147,7 +149,7 @@ class Work(NamedTuple):
     sh_bytes: int  # coefficients of one Gaussian
 
 
-@njit(cache=True, error_model="numpy")
+@njit(error_model="numpy")
 def _count(order, means2d, conics, opacities, radii, width, height, alpha_max):
     """counts[pairs, live pairs, hit, missed, lanes, hit backward, missed backward] of the Gaussians of one camera.
 
@@ -243,16 +245,16 @@ def needs(w: Work) -> dict[str, tuple[float, float]]:
     }
 
 
-def limits(work: Work) -> dict[str, float]:
-    """CPU milliseconds of each stage at the limit."""
-    stages = needs(work)
+def limits(work: Work, rate: float | None = None) -> dict[str, float]:
+    """CPU milliseconds of each stage at the limit. rate: 16-lane operations per second, if not that of the mix."""
+    stages, rate = needs(work), rate or speed().operations
     per_second = bandwidth(sum(size for _, size in stages.values()))
-    return {name: 1e3 * (ops / speed().operations + size / per_second) for name, (ops, size) in stages.items()}
+    return {name: 1e3 * (ops / rate + size / per_second) for name, (ops, size) in stages.items()}
 
 
 # ---------------------------------------------------------------- where the time goes
 
-# a kernel belongs to the first stage one of whose words is in its name; the words follow splatedit/render/kernels*.py
+# a kernel belongs to the first stage one of whose words is in its name; the words follow splatedit/render/*.py
 _WORDS = {
     "Gaussians backward": ("add_pairs", "project_backward", "color_backward", "gaussians_backward"),
     "pixels backward": ("composite_backward", "background_backward"),

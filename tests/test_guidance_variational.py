@@ -113,21 +113,21 @@ def test_it_learns_the_renders_and_the_prior_does_not():
     """Renders that the bundled model has never seen: white noise, one for each of two cameras."""
     prior = load_prior("pocket")
     weights = copy.deepcopy(prior.unet.state_dict())
-    particle, generator = LoraDenoiser(prior, seeded(), rate=1e-3), seeded(4)
+    particle, generator = LoraDenoiser(prior, seeded(), rate=2e-3), seeded(4)
     z, camera = torch.randn(2, 4, 16, 16, generator=seeded(1)), torch.randn(2, 16, generator=seeded(8))
     text = repeat(prior.text(["a pig"]), 2)
 
     def miss(denoise):
         generator, total = seeded(7), 0.0
-        for k in range(100, 1000, 200):
+        for k in (200, 500, 800):
             t = torch.tensor([k, k])
             draw = Draw(t, *scales(prior.alphas_cumprod, t, z), torch.randn(z.shape, generator=generator))
             with torch.no_grad():
-                total += float((denoise(draw.noised(z), t) - draw.noise).square().mean()) / 5
+                total += float((denoise(draw.noised(z), t) - draw.noise).square().mean()) / 3
         return total
 
     before = miss(lambda x, t: particle(x, t, text, camera))
-    for _ in range(30):
+    for _ in range(20):
         particle.learn(z, text, camera, generator)
     after, swapped = (miss(lambda x, t, c=c: particle(x, t, text, c)) for c in (camera, camera.flip(0)))
     assert miss(lambda x, t: prior.denoise(x, t, text)) == pytest.approx(before, rel=1e-5)

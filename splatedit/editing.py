@@ -13,7 +13,7 @@ from torch import Tensor
 
 from splatedit.cameras import RIGS, Bounds, Cameras, bounds
 from splatedit.distilling import Distiller, Method
-from splatedit.errors import InputError
+from splatedit.errors import InputError, Lost
 from splatedit.fpr import FPR
 from splatedit.gaussians import Gaussians
 from splatedit.metrics import psnr
@@ -131,7 +131,7 @@ def edit(
         watch = Stopwatch(place)
         chosen = order[index].tolist()
         with watch("render"):
-            image = scene(chosen).rgb
+            image = look(scene, chosen, index)
         pixels = image.detach().requires_grad_()
         with watch("encode"):
             z = prior.encode(pixels)
@@ -161,6 +161,20 @@ def edit(
             psnr_to_source=psnr(image.detach(), images[chosen]),
             state=partial(state, scene, generator, index + 1, distiller),
         )
+
+
+def look(scene: Splats, views: list[int], done: int) -> Tensor:
+    """Pictures of the current splats; raises Lost if some of these cannot be drawn any more after `done` steps."""
+    try:
+        return scene(views).rgb
+    except InputError as error:
+        drawable = scene.gaussians.drawable()
+        if drawable.all():
+            raise
+        raise Lost(
+            f"edit: after {done} steps {int((~drawable).sum())} of {len(drawable)} splats are no longer finite; "
+            "lower the rates (lr_*) or the guidance scale."
+        ) from error
 
 
 def state(scene: Splats, generator: torch.Generator, done: int, distiller: Distiller) -> dict[str, Any]:

@@ -48,6 +48,11 @@ class Gaussians(NamedTuple):
         """The six tensors by name, in the order of PARAMETERS."""
         return {name: getattr(self, name) for name in PARAMETERS}
 
+    def drawable(self) -> Tensor:
+        """Which ones can be drawn, (n,) bool: no number is infinite or NaN, nor a scale once it is no logarithm."""
+        numbers = torch.cat([p.detach().reshape(self.n, -1) for p in self.parameters.values()], 1)
+        return numbers.isfinite().all(1) & self.scales.detach().exp().isfinite().all(1)
+
     def to(self, device: str | torch.device) -> Gaussians:
         """The same Gaussians with their six tensors on `device`."""
         return self._replace(**{name: value.to(device) for name, value in self.parameters.items()})

@@ -121,9 +121,10 @@ def change_report(
 
     The prior is asked as a diffusion classifier (arXiv 2303.16203) which of the two prompts explains each view better.
     """
-    before, after = (render(g, cameras, background) for g in (source, edited))
+    drawable = edited.drawable()
+    finite = bool(drawable.all())
+    before, after = (render(g, cameras, background) for g in (source, edited if finite else edited.select(drawable)))
     rough_before, rough_after = roughness(before.rgb), roughness(after.rgb)
-    finite = all(bool(torch.isfinite(p).all()) for p in edited.parameters.values())
     errors = []
     for drawn in (before, after):
         images = drawn.rgb.clamp(0, 1).nan_to_num()

@@ -24,7 +24,7 @@ from rich.markup import escape
 
 from splatedit import __version__
 from splatedit.config import Config, check, colour, rig, save_config
-from splatedit.errors import InputError
+from splatedit.errors import InputError, Lost
 
 if TYPE_CHECKING:
     from splatedit.editing import Step
@@ -223,6 +223,10 @@ def optimise(job: Job, console: Console) -> Log:
             interrupted = True
             done = f"after {len(loss)} of {config.steps} steps; writing what is done."
             console.print(f"[bold yellow]Interrupted[/] {done}")
+        except Lost as error:
+            if last is None:
+                raise
+            console.print(f"[bold red]The edit is lost:[/] {escape(str(error))} Writing what is left.")
     assert last is not None
     wall = time.perf_counter() - start - before
     return Log(last, loss, distance, drift, rms, seconds, before, wall, interrupted)
@@ -359,11 +363,8 @@ def write_checkpoint(step: Step, config: Config, path: Path) -> None:
 
 
 def mend(edited: Gaussians, source: Gaussians) -> tuple[Gaussians, int]:
-    """Put back the source's values where a splat is no longer finite, so that the file can be opened; and how many."""
-    import torch
-
-    values = torch.cat([p.reshape(source.n, -1) for p in edited.parameters.values()], dim=1)
-    bad = ~torch.isfinite(values).all(1)
+    """Put back the source's values where a splat cannot be drawn, so that the file can be opened; and how many."""
+    bad = ~edited.drawable()
     if not bad.any():
         return edited, 0
     fixed = {k: v.clone() for k, v in edited.parameters.items()}

@@ -10,7 +10,7 @@ from mixtures import OneGaussian, Seen
 from splatedit.cameras import dome, orbit
 from splatedit.diffusion import MixtureDenoiser
 from splatedit.editing import drift, edit, rig_for, view_order
-from splatedit.errors import InputError
+from splatedit.errors import InputError, Lost
 from splatedit.fpr import SOLVERS
 from splatedit.gaussians import SH_C0
 from splatedit.guidance import GUIDANCE
@@ -176,6 +176,17 @@ def test_a_splat_blown_to_bits_is_called_noise(red, prior):
     confetti = red._replace(sh0=red.sh0 + 6 * torch.randn(red.sh0.shape, generator=rng))
     report = change_report(red, confetti, prior, orbit(red, 4, size=32), "blue", "red", 1.0)
     assert report.verdict == "noise" and any("guidance" in a for a in report.advice)
+
+
+def test_an_edit_whose_splats_burst_says_when(red, prior, monkeypatch):
+    def burst(scene, *_):
+        scene.parameters["scales"].data[:7] = 100.0  # e^100 is no float32
+
+    monkeypatch.setattr("splatedit.scenes.Splats.step", burst)
+    steps = []
+    with pytest.raises(Lost, match=rf"after 1 steps 7 of {red.n} splats are no longer finite; lower the rates"):
+        steps.extend(edit(red, "blue", "red", model=prior, steps=5, views=4))
+    assert len(steps) == 1 and (~steps[0].gaussians.drawable()).sum() == 7
 
 
 def test_mistakes_are_named(red, prior):

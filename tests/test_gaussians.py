@@ -89,3 +89,11 @@ def test_to_moves_all_six_tensors():
     moved = scene(extra={"id": np.arange(5)}).to("meta")
     assert {value.device.type for value in moved.parameters.values()} == {"meta"}
     assert moved.n == 5 and "id" in moved.extra
+
+
+def test_what_can_be_drawn(cloud):
+    broken = cloud.detach()
+    broken.means[1, 2], broken.opacities[2], broken.sh0[3, 0, 0] = float("nan"), float("inf"), float("nan")
+    broken.scales[4], broken.scales[5] = 80.0, 100.0  # e^100 is no float32
+    assert cloud.drawable().all()
+    assert (~broken.drawable()).nonzero()[:, 0].tolist() == [1, 2, 3, 5]

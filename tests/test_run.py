@@ -10,7 +10,7 @@ from rich.console import Console
 
 from splatedit import editing, files
 from splatedit.config import Config, load_config
-from splatedit.errors import InputError
+from splatedit.errors import InputError, Lost
 from splatedit.run import curve, mend, output_folder, run, slug, write_json
 
 PARTS = {"render", "encode", "prior", "optimise"}
@@ -234,6 +234,18 @@ def test_an_edit_gone_to_noise_is_loud_and_still_opens(config, monkeypatch, few_
     assert outcome.record["mended_splats"] == 1
     torch.testing.assert_close(files.load(outcome.edited).means[5], cloud.means[5])
     assert "WENT TO NOISE" in said(console) and "the edit is lost" in said(console)
+
+
+def test_an_edit_that_bursts_is_written_as_far_as_it_came(config, monkeypatch, few_frames, cloud):
+    def burst(gaussians):
+        return gaussians._replace(scales=torch.full_like(gaussians.scales, 100.0))
+
+    fake_edit(monkeypatch, recolored, burst, then=Lost("edit: after 2 steps ... lower the rates (lr_*)."))
+    console = shout()
+    outcome = run(config, console)
+    assert outcome.status == 3 and outcome.record["mended_splats"] == cloud.n
+    assert "The edit is lost" in said(console) and "lr_*" in said(console)
+    assert files.load(outcome.edited).drawable().all()
 
 
 def test_prompts_cannot_be_markup(config, monkeypatch, few_frames):

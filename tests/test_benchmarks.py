@@ -151,3 +151,13 @@ def test_memory_is_that_of_the_call():
         "a record of 64 bytes for each Gaussian at least, and nothing like the scene again"
     )
     assert gradients < extra["forward+backward"] < gradients + 60
+
+
+def test_single_kernels_are_timed_and_leave_their_arguments_as_they_were():
+    """Kernels that use up places and keys would write beyond their arrays the second time."""
+    script = SCRIPT.with_name("raster_kernels.py")
+    done = subprocess.run([sys.executable, script, "1kx64", "--repeats", "3"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    times = dict(re.findall(r"^ *([a-z_]+) +([0-9.]+)$", done.stdout, re.M))
+    assert {"project", "list_pairs", "composite", "composite_backward", "project_backward"} <= times.keys()
+    assert all(0 <= float(t) < 1000 for t in times.values())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import platform
 import subprocess
 import sys
 import threading
@@ -310,6 +312,30 @@ def test_the_graph_is_kept_on_request():
     assert torch.equal(once, twice)
 
 
+# ---------------------------------------------------------------- narrower vectors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cpu", "lanes"), [("nehalem", 4), ("haswell", 8), ("skylake-avx512", 16)])
+def test_the_kernels_agree_with_the_twin_at_any_width(cpu: str, lanes: int, tmp_path: Any):
+    """This file again, compiled for another processor; skipped where this one cannot run that."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the names are of x86 processors")
+    code = "from splatedit.render.simd import LANES; print(LANES)"
+
+    def run(*words: str, **more: str) -> str:
+        command, environment = [sys.executable, *words], {**os.environ, **more}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+        return done.stdout
+
+    if int(run("-c", code, NUMBA_CPU_NAME="")) < lanes:
+        pytest.skip("this processor has narrower registers")
+    other = {"NUMBA_CPU_NAME": cpu, "NUMBA_CACHE_DIR": str(tmp_path)}
+    assert int(run("-c", code, **other)) == lanes
+    assert " passed" in run("-m", "pytest", "-q", "-x", "-m", "not slow and not gpu", __file__, **other)
+
+
 # ---------------------------------------------------------------- on a GPU
 
 
@@ -324,6 +350,18 @@ def test_gsplat_agrees_with_the_twin(name: str, kind: str):
     # gsplat takes the determinant of a needle as a difference of large numbers, in float32
     rtol = 2e-2 if name == "needles" else 2e-3
     assert_agree(scene, "gsplat", "cuda", rtol, render_mode="RGB+ED", rasterize_mode=kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["classic", "antialiased"])
+@pytest.mark.parametrize("mode", ["RGB", "D", "ED", "RGB+D", "RGB+ED"])
+def test_gsplat_agrees_with_the_twin_in_every_mode(mode: str, kind: str):
+    """And in the absolute gradients on screen."""
+    pytest.importorskip("gsplat")
+    scene = cloud(25, 300, width=90, height=70)
+    if mode in ("D", "ED"):
+        scene["backgrounds"] = None
+    assert_agree(scene, "gsplat", "cuda", 2e-3, render_mode=mode, rasterize_mode=kind, absgrad=True)
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ float32 tensors on the CPU; the kernels see flat numpy views of them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -179,11 +180,12 @@ def _by_blocks(
 
 def _filled(rows: int, like: tuple[np.ndarray, ...], fill: float) -> list[np.ndarray]:
     """So many rows for each array, all on one piece of memory, each from the start of a cache line on."""
-    sizes = [rows * a[:1].nbytes for a in like]
-    starts = np.cumsum([0, *(-(-size // 64) * 64 for size in sizes)])
-    whole = memory.empty(int(starts[-1]), np.uint8, aligned=True)
-    whole.view(F)[:] = fill
-    pieces = (whole[start : start + size] for start, size in zip(starts, sizes, strict=False))
+    sizes = [rows * a.itemsize * math.prod(a.shape[1:]) for a in like]
+    starts = list(itertools.accumulate((-(-size // 64) * 64 for size in sizes), initial=0))
+    whole = memory.empty(starts[-1] // 4, aligned=True)
+    whole.fill(fill)
+    content = whole.view(np.uint8)
+    pieces = (content[start : start + size] for start, size in zip(starts, sizes, strict=False))
     return [p.view(a.dtype).reshape(rows, *a.shape[1:]) for p, a in zip(pieces, like, strict=True)]
 
 
@@ -280,6 +282,11 @@ class _Pairs(NamedTuple):
     tiles: np.ndarray  # (tiles,) fullest first, to share them out evenly
     grid: tuple[int, int, int, int]  # columns and rows of tiles, width and height in pixels
 
+    @property
+    def chunks(self) -> int:
+        """In how many parts the tiles are shared out."""
+        return pool.chunks_of(len(self.masks), 1024)
+
 
 def _pair_up(
     means2d: Tensor, conics: Tensor, opacities: Tensor, colors: Tensor, radii: Tensor, depths: Tensor, size: Any
@@ -369,7 +376,7 @@ def _draw(
     """`compositing.composite` for all tiles; with `hits` it looks for the largest weight instead of the colour."""
     flat = (a.reshape(-1) for a in (backgrounds, image, alphas, transmittances, ends))
     pool.run(
-        compositing.composite, len(paired.tiles), pool.chunks_of(len(paired.tiles), 1), paired.tiles, paired.records,
+        compositing.composite, len(paired.tiles), paired.chunks, paired.tiles, paired.records,
         paired.pairs, paired.starts, paired.masks, *flat, *paired.grid, image.shape[-1], first, F(ALPHA_MAX), divide,
         hits,
     )  # fmt: skip
@@ -409,7 +416,7 @@ class _Composite(torch.autograd.Function):
             if channels > 4:
                 _recolor(paired, colors, first)
             pool.run(
-                compositing.composite_backward, len(paired.tiles), pool.chunks_of(len(paired.tiles), 1), paired.tiles,
+                compositing.composite_backward, len(paired.tiles), paired.chunks, paired.tiles,
                 paired.records, paired.pairs, paired.starts, paired.masks, _array(backgrounds).reshape(-1), divided,
                 transmittances, ends, v, _array(v_alphas).reshape(-1), gradients, *paired.grid, channels, first,
                 F(ALPHA_MAX), divide, absgrad,

@@ -30,6 +30,10 @@ def run(kernel: Callable[..., object], count: int, chunks: int, *args: object) -
     have stopped.
     """
     chunks = min(chunks, count)
+    if chunks <= 1:
+        if count:
+            kernel(0, count, 0, *args)
+        return
     taken = itertools.count()  # next() on it is atomic: threads that finish early take more
 
     def work() -> None:

@@ -1,6 +1,6 @@
 """What all compiled stages share: their conventions, how they are compiled, small algebra on vectors.
 
-Every kernel works on range(begin, end) of blocks of 16 Gaussians, of Gaussians, or of tiles, touches nothing that
+Every kernel works on range(begin, end) of blocks of LANES Gaussians, of Gaussians, or of tiles, touches nothing that
 another range writes, holds no lock and no GIL. Arrays are flat and C-contiguous: point i is means[3 i : 3 i + 3].
 
 One Gaussian in one camera, number f = camera * n + i, is drawn from a packed RECORD of 16 floats, one cache line:
@@ -9,7 +9,7 @@ One Gaussian in one camera, number f = camera * n + i, is drawn from a packed RE
         A = -a / (2 ln 2), B = -b / ln 2, C = -c / (2 ln 2), top = log2 opacity
     6 .. 9 four channels
     10 11 -B / (2 A), -B / (2 C): where the ellipse is nearest along a line of constant dy, or dx, per unit of it
-    12 13 14 15 first and last column, first and last row of pixels where alpha can reach 1/255
+    12 .. 15 unused
 A backward pass writes one record per (tile, Gaussian) pair instead of adding atomically, and the records of a Gaussian
 are then added in a fixed order, so results do not depend on threads:
     0 .. 5 sums of v_sigma * (1, dx, dy, dx dx, dx dy, dy dy)   6 .. 9 channels   10 11 |v_mean| of absgrad

@@ -24,6 +24,7 @@ from splatedit.distilling import Distiller, Method
 from splatedit.errors import InputError
 from splatedit.fpr import BACKWARD, SOLVERS, fpr, gap, moments
 from splatedit.guidance import GUIDANCE, Request
+from splatedit.images import SGD_STEP
 from splatedit.metrics import psnr, ssim
 from splatedit.tuning import bind
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from splatedit.priors import Prior
 
 STEPS = (100, 300, 500, 700, 850)  # of a schedule of 1000; scaled to the length of another
-RATE = 200 / 64**2  # z <- z - RATE g is a step of the official 2D code of DDS, CDS and IDS on 64x64 latents
 EDITS = ("dds", "cds", "pds", "ids")
 Row = dict[str, Any]
 
@@ -368,7 +368,7 @@ def distilled(
     prompts: tuple[str, str] | None = None,
     z_source: Tensor | None = None,
     steps: int = 200,
-    rate: float = RATE,
+    rate: float = SGD_STEP,
 ) -> tuple[Tensor, list[float]]:
     """Edit latents by plain gradient descent: the edited (b, c, h, w), and mean drift at the noise used in each step.
 
@@ -398,7 +398,7 @@ def sweep(
     iters: Sequence[int] = (0, 1, 3, 8),
     solver: str = "grad",
     steps: int = 50,
-    rate: float = RATE,
+    rate: float = SGD_STEP,
     score_draws: int = 8,
 ) -> Table:
     """How hard FPR holds on to the source: a short edit for each lambda and number of iterations.
@@ -453,7 +453,7 @@ def invertibility(
     *,
     guidances: Sequence[str] = EDITS,
     steps: int = 200,
-    rate: float = RATE,
+    rate: float = SGD_STEP,
     timesteps: str = "uniform",
     solver: str = "grad",
 ) -> Table:

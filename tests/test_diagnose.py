@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,3 +119,14 @@ def test_nothing_is_written_when_it_breaks(photo, tiny_model, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         diagnose(photo, "a pig", "a cat", model=str(tiny_model), output=tmp_path / "page.html", quick=True)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_documented_python_runs(photo, tiny_model, tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "diagnostics.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    for old, new in (('"cat.png", 128', f"{str(photo)!r}, 32"), ('"pocket"', repr(str(tiny_model)))):
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "diagnostics.md", "exec"), {})
+    assert (tmp_path / "drift.png").stat().st_size > 0

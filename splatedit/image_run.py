@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from splatedit.priors import Prior
 
-LABEL = 18  # pixels of height for a line of text in the grid
+# Of grid.png: pixels of height for a line of text, the longest side of a tile, and how many rows it has at most.
+LABEL, TILE, ROWS = 18, 256, 100
 
 
 @dataclass
@@ -69,10 +70,6 @@ class Edited(NamedTuple):
     guidance: str
     pixels: Tensor  # (3, s, s) in [0, 1]
     record: dict[str, Any]  # its entry in metrics.json
-
-    @property
-    def file(self) -> str:
-        return f"{self.sight.name}_{slug(self.prompt)}_{self.guidance}.png"
 
 
 class ImageOutcome(NamedTuple):
@@ -131,7 +128,7 @@ def check(options: ImageOptions) -> None:
     if not options.prompts or not all(p.strip() for p in options.prompts):
         raise InputError('prompt: it is empty; say what the picture shall show, as in "a pig".')
     twice = [g for g in options.guidances if options.guidances.count(g) > 1]
-    if twice or len({slug(p) for p in options.prompts}) < len(options.prompts):
+    if twice or len(set(options.prompts)) < len(options.prompts):
         raise InputError(f"{'--compare' if twice else 'prompt'}: the same thing is asked for twice; once is enough.")
     for name in options.guidances:
         choose("guidance", name, GUIDANCES)
@@ -149,10 +146,13 @@ def check(options: ImageOptions) -> None:
 # ---------------------------------------------------------------------------------------------------------- beforehand
 def load(options: ImageOptions, console: Console) -> Prior:
     """The model; raises InputError for one that is not there, and for a prompt or a scale that it cannot take."""
+    from splatedit.distilling import Method
     from splatedit.editing import resolve_device
     from splatedit.images import suited_scale
     from splatedit.priors import load_prior
 
+    for name in options.guidances:
+        Method(name).check()  # what vsd needs may not be installed: better known before the others have been waited for
     with console.status("loading the model"):
         prior = load_prior(options.model, resolve_device(options.device), offline=options.offline)
     prior.text([*options.prompts, *([] if options.source is None else [options.source])])
@@ -169,10 +169,8 @@ def look(options: ImageOptions, prior: Prior, paths: Sequence[Path], console: Co
     from splatedit.priors import find_prompt
 
     pixels = [read_picture(path, prior.image_size, options.fit) for path in paths]
-    stems = [slug(path.stem) for path in paths]
     sights = []
-    for index, (path, picture) in enumerate(zip(paths, pixels, strict=True)):
-        name = stems[index] if stems.count(stems[index]) == 1 else f"{stems[index]}-{index + 1}"
+    for path, picture, name in zip(paths, pixels, file_names([path.stem for path in paths]), strict=True):
         source, origin = options.source, "option"
         if source is None and prior.vocabulary is not None:
             generator = torch.Generator(prior.device).manual_seed(options.seed)
@@ -186,6 +184,18 @@ def look(options: ImageOptions, prior: Prior, paths: Sequence[Path], console: Co
     if sights[0].origin == "none":
         console.print("[bold yellow]No source prompt:[/] the empty one is used; --source usually gives a better edit.")
     return sights
+
+
+def file_names(texts: Sequence[str]) -> list[str]:
+    """A name for each text that is fit for a file and unlike the others."""
+    names: list[str] = []
+    for text in texts:
+        name, count = slug(text), 1
+        while name in names:
+            count += 1
+            name = f"{slug(text)}-{count}"
+        names.append(name)
+    return names
 
 
 # ----------------------------------------------------------------------------------------------------------- the edits
@@ -313,16 +323,20 @@ def write(options: ImageOptions, folder: Path, sights: Sequence[Sight], edits: l
     """Write the pictures, the grid and metrics.json; the paths of the edited pictures, in the order of the grid."""
     from splatedit.media import save_png, to_bytes
 
-    order = {s.name: i for i, s in enumerate(sights)}
-    asked = {p: i for i, p in enumerate(options.prompts)}
-    edits.sort(key=lambda e: (order[e.sight.name], asked[e.prompt], options.guidances.index(e.guidance)))
+    place = {s.name: i for i, s in enumerate(sights)}
+    edits.sort(
+        key=lambda e: (place[e.sight.name], options.prompts.index(e.prompt), options.guidances.index(e.guidance))
+    )
+    words = dict(zip(prompts, file_names(prompts), strict=True))
+    for edit in edits:
+        edit.record["file"] = f"{edit.sight.name}_{words[edit.prompt]}_{edit.guidance}.png"
     done = {e.sight.name for e in edits}
     (folder / "sources").mkdir()
     for sight in sights:
         if sight.name in done:
             save_png(to_bytes(sight.pixels[None])[0], folder / "sources" / f"{sight.name}.png")
     for edit in edits:
-        save_png(to_bytes(edit.pixels[None])[0], folder / edit.file)
+        save_png(to_bytes(edit.pixels[None])[0], folder / edit.record["file"])
     save_png(grid(options, edits), folder / "grid.png")
     entries = [
         {
@@ -330,21 +344,22 @@ def write(options: ImageOptions, folder: Path, sights: Sequence[Sight], edits: l
             "source_prompt": e.sight.source,
             "source_prompt_from": e.sight.origin,
             "prompt": e.prompt,
-            "file": e.file,
             **e.record,
         }
         for e in edits
     ]
     write_json({"edits": entries}, folder / "metrics.json")
-    return [folder / e.file for e in edits]
+    return [folder / e.record["file"] for e in edits]
 
 
 def grid(options: ImageOptions, edits: Sequence[Edited]) -> np.ndarray:
     """One row for each picture and prompt, one column for the source and each guidance, words above each (h, w, 3)."""
+    from itertools import islice
+
     from splatedit.media import sheet, to_bytes
 
     tiles = []
-    for row in dict.fromkeys((e.sight.name, e.prompt) for e in edits):
+    for row in islice(dict.fromkeys((e.sight.name, e.prompt) for e in edits), ROWS):
         made = {e.guidance: e for e in edits if (e.sight.name, e.prompt) == row}
         sight = next(iter(made.values())).sight
         source = to_bytes(sight.pixels[None])[0]
@@ -356,11 +371,13 @@ def grid(options: ImageOptions, edits: Sequence[Edited]) -> np.ndarray:
 
 
 def labelled(picture: np.ndarray, lines: Sequence[str]) -> np.ndarray:
-    """A picture (h, w, 3) below lines of black text on white, cut to its width."""
+    """A picture (h, w, 3), at most TILE pixels a side, below lines of black text on white, cut to its width."""
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
-    height, width = picture.shape[:2]
+    tile = Image.fromarray(picture)
+    tile.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
+    width, height = tile.size
     font = ImageFont.load_default()
     page = Image.new("RGB", (width, height + LABEL * len(lines)), "white")
     pen = ImageDraw.Draw(page)
@@ -368,7 +385,7 @@ def labelled(picture: np.ndarray, lines: Sequence[str]) -> np.ndarray:
         while len(line) > 1 and pen.textlength(drawable(line, font), font=font) > width - 4:
             line = line.rstrip("…")[:-1] + "…"
         pen.text((2, 3 + LABEL * index), drawable(line, font), fill="black", font=font)
-    page.paste(Image.fromarray(picture), (0, LABEL * len(lines)))
+    page.paste(tile, (0, LABEL * len(lines)))
     return np.asarray(page)
 
 
@@ -387,7 +404,7 @@ def tell(edits: Sequence[Edited], console: Console) -> None:
         distance = "no difference" if record["psnr_to_source"] is None else f"{record['psnr_to_source']:.1f} dB"
         console.print(
             escape(
-                f"{record['verdict']}: {edit.file}: {distance} to the source, "
+                f"{record['verdict']}: {record['file']}: {distance} to the source, "
                 f"the model {prefers} {edit.prompt!r}, {record['evaluations']} evaluations, {record['seconds']:.1f} s"
             )
         )

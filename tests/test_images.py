@@ -14,7 +14,7 @@ from splatedit.config import GUIDANCES
 from splatedit.diffusion import step_range
 from splatedit.distilling import Distiller, Method
 from splatedit.errors import InputError
-from splatedit.image_run import ImageOptions, edit_files
+from splatedit.image_run import ImageOptions, edit_files, file_names, labelled
 from splatedit.images import (
     PRESETS,
     SGD_STEP,
@@ -103,6 +103,15 @@ def test_asking_for_the_source_changes_nothing(name, prior):
         options["tuning"] = Tuning(cds_weight=0.0)  # the contrastive part pulls on noise of its own
     *_, last = edit_images(batch, "a cat", "a cat", **options)
     torch.testing.assert_close(last.latents, encode(prior, batch), rtol=0, atol=1e-5)
+
+
+def test_ids_without_iterations_is_dds_and_a_longer_list_of_settings_is_passed_on(prior):
+    batch = pictures(prior)
+    options = {"model": prior, "steps": 2, "timesteps": "stratified"}
+    *_, none = edit_images(batch, "a pig", "a cat", guidance="ids", fpr_iters=0, **options)
+    *_, dds = edit_images(batch, "a pig", "a cat", guidance="dds", **options)
+    *_, uniform = edit_images(batch, "a pig", "a cat", guidance="dds", **{**options, "timesteps": "uniform"})
+    assert torch.equal(none.latents, dds.latents) and not torch.equal(dds.latents, uniform.latents)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -213,6 +222,14 @@ def test_a_folder_by_two_guidances_and_two_prompts(call, album, tiny_model, tmp_
 
     call(album, "a pig", "a dog", *words, "-o", tmp_path / "out")
     assert len(list((tmp_path / "out" / "album").iterdir())) == 2, "a second run gets a folder of its own"
+
+
+def test_names_of_files_differ_and_labels_are_cut_to_the_tile():
+    assert file_names(["a", "A", "a-2", "b c", "?"]) == ["a", "a-2", "a-2-2", "b-c", "edit"]
+    long = ["x" * 60 + end for end in "12"]
+    assert len(set(file_names(long))) == 2, "prompts that differ after what a name holds"
+    tile = labelled(np.zeros((600, 300, 3), np.uint8), ["a very long label " * 20, "猫"])
+    assert tile.shape == (256 + 2 * 18, 128, 3) and tile[40:].max() == 0 and tile[:18].min() < 128
 
 
 def test_one_at_a_time_a_picture_does_not_know_its_neighbours(call, album, tiny_model, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from splatedit import __version__
-from splatedit.config import KEYS, UPS, Config, colour, load_config
+from splatedit.config import GUIDANCES, KEYS, UPS, Config, colour, load_config
 from splatedit.errors import InputError
 
 MISTAKE, CRASH, INTERRUPTED = 2, 1, 130
@@ -135,6 +135,72 @@ def render(file: str, output: str, frames: int, size: str, background: str, fps:
     cameras = orbit(gaussians, frames, size=pixels, up=up, **view)
     media.save_frames(media.draw(gaussians.to(device), cameras, behind), output, fps)
     click.echo(output)
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("picture")
+@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
+@click.option("--source", metavar="TEXT", help="what the picture shows now; without it the model finds out")
+@click.option("--guidance", default="ids", show_default=True, metavar="NAME", help=", ".join(GUIDANCES))
+@click.option("--compare", metavar="NAME,NAME", help="edit by several guidances, side by side in grid.png")
+@click.option("--guidance-scale", type=float, metavar="NUMBER", help="1 is off; else what suits model and guidance")
+@click.option("--model", default="pocket", show_default=True, metavar="NAME|FOLDER", help=KEYS["model"])
+@click.option("--steps", type=int, metavar="N", help="steps of gradient descent; else as published, 200")
+@click.option("--rate", type=float, metavar="NUMBER", help="step length per gradient; else as published, 0.0488")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help=KEYS["seed"])
+@click.option("--solver", default="grad", show_default=True, metavar="NAME", help=KEYS["solver"])
+@click.option("--fpr-iters", type=int, default=3, show_default=True, metavar="N", help=KEYS["fpr_iters"])
+@click.option("--fpr-lambda", type=float, default=1.0, show_default=True, metavar="NUMBER", help=KEYS["fpr_lambda"])
+@click.option("--batch", type=int, default=4, show_default=True, metavar="N", help="pictures edited at once")
+@click.option("--fit", type=click.Choice(["crop", "stretch"]), default="crop", show_default=True, help="into a square")
+@click.option("-o", "--output-dir", default="outputs", show_default=True, metavar="FOLDER", help=KEYS["output_dir"])
+@click.option("--device", default="auto", show_default=True, metavar="NAME", help=KEYS["device"])
+@click.option("--offline", is_flag=True, help=KEYS["offline"])
+@click.help_option("-h", "--help", help="print this and stop")
+def image(picture: str, prompts: tuple[str, ...], guidance: str, compare: str | None, **given: Any) -> None:
+    """Edit PICTURE, a file or a folder of pictures, until it shows PROMPT; several prompts give several edits.
+
+    Pictures are cut to a square of the model's size. The edited pictures, a labelled grid.png beside the sources and
+    metrics.json go to a new folder OUTPUTS/PICTURE/PROMPT@TIME; the paths of the edited pictures, one a line, are all
+    that stdout gets. Exit status as of `splatedit run`.
+    """
+    guidances = tuple(name.strip() for name in compare.split(",")) if compare is not None else (guidance,)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from splatedit.image_run import ImageOptions, edit_files
+
+    options = ImageOptions(picture, prompts, guidances=guidances, **given)
+    outcome = edit_files(options, command=["splatedit", *sys.argv[1:]])
+    for path in outcome.files:
+        click.echo(str(path))
+    sys.exit(outcome.status)
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("path", metavar="SCENE|IMAGE")
+@click.argument("prompt")
+@click.option(
+    "--source", default=None, metavar="TEXT", help="what is to be seen now; else the sidecar or the model says"
+)
+@click.option("-o", "--output", default=None, metavar="FILE.html", help="the page  [default: NAME-diagnosis.html]")
+@click.option(
+    "--model", default="pocket", show_default=True, metavar="NAME|FOLDER", help="pocket, a hub id or a folder"
+)
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="of all randomness")
+@click.option("--quick", is_flag=True, help="one view, fewer noise levels, short edits")
+@click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda or cuda:N")
+@click.option("--offline", is_flag=True, help="never ask the hub")
+@click.help_option("-h", "--help", help="print this and stop")
+def diagnose(path: str, prompt: str, **given: Any) -> None:
+    """Show what the model makes of SCENE, a splat file, or IMAGE, a picture, on its way to PROMPT.
+
+    Writes one page of figures and tables: drift of the posterior mean, each solver of fixed-point regularisation and
+    what it costs, posterior means as pictures, where each guidance pulls, what lambda and N do, and whether an edit can
+    be undone. Its path is the last line on stdout. Needs matplotlib: pip install "splatedit[notebook]".
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from splatedit.diagnose import diagnose as start
+
+    click.echo(str(start(path, prompt, **given)))
 
 
 def read_size(text: str) -> tuple[int, int]:

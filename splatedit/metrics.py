@@ -105,6 +105,20 @@ class Report:
 
 
 @torch.no_grad()
+def margins(prior, images: Tensor, prompt: str, source_prompt: str, seed: int = 0) -> Tensor:
+    """How much better `prompt` explains each of the images (b, 3, h, w) than `source_prompt` does, (b,).
+
+    The difference of the prior's denoising errors over their mean, positive where it prefers `prompt`: a diffusion
+    classifier (arXiv 2303.16203). The same seed gives the same noise, so that two sets of images can be compared.
+    """
+    images = images.clamp(0, 1).nan_to_num()
+    generator = torch.Generator(images.device).manual_seed(seed)
+    texts = [prior.text([source_prompt]), prior.text([prompt])]
+    errors = denoising_errors(prior.denoise, prior.encode(images), texts, prior.alphas_cumprod, generator)
+    return (errors[:, 0] - errors[:, 1]) / errors.mean(1)
+
+
+@torch.no_grad()
 def change_report(
     source: Gaussians,
     edited: Gaussians,
@@ -125,13 +139,7 @@ def change_report(
     finite = bool(drawable.all())
     before, after = (render(g, cameras, background) for g in (source, edited if finite else edited.select(drawable)))
     rough_before, rough_after = roughness(before.rgb), roughness(after.rgb)
-    errors = []
-    for drawn in (before, after):
-        images = drawn.rgb.clamp(0, 1).nan_to_num()
-        generator = torch.Generator(images.device).manual_seed(seed)
-        texts = [prior.text([source_prompt]), prior.text([prompt])]
-        errors.append(denoising_errors(prior.denoise, prior.encode(images), texts, prior.alphas_cumprod, generator))
-    gaps = [(e[:, 0] - e[:, 1]) / e.mean(1) for e in errors]
+    gaps = [margins(prior, drawn.rgb, prompt, source_prompt, seed) for drawn in (before, after)]
     report = Report(
         verdict="changed",
         changed_share=changed_share(source, edited, radius),

@@ -29,6 +29,7 @@ from splatedit.errors import InputError, Lost
 if TYPE_CHECKING:
     from splatedit.editing import Step
     from splatedit.gaussians import Gaussians
+    from splatedit.images import ImageStep
     from splatedit.metrics import Report
     from splatedit.priors import Prior
 
@@ -268,14 +269,14 @@ def options(job: Job) -> dict[str, Any]:
 
 
 @contextmanager
-def progress_bar(console: Console, steps: int) -> Iterator[Callable[[Step, float], None]]:
+def progress_bar(console: Console, steps: int) -> Iterator[Callable[[Step | ImageStep, float], None]]:
     """A function to call with each Step and the mean seconds per step: a live bar, or ten lines where there is none."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    def words(step: Step, pace: float) -> str:
+    def words(step: Step | ImageStep, pace: float) -> str:
         return f"loss {step.loss:.3g}  {pace:.2f} s/step"
 
-    def line(step: Step, pace: float) -> None:
+    def line(step: Step | ImageStep, pace: float) -> None:
         done = step.index + 1
         if done == steps or done % max(steps // 10, 1) == 0:
             console.print(f"step {done}/{steps}  {words(step, pace)}  {(steps - done) * pace:.0f} s left")
@@ -287,7 +288,7 @@ def progress_bar(console: Console, steps: int) -> Iterator[Callable[[Step, float
     with Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console) as bar:
         task = bar.add_task("starting", total=steps)
 
-        def move(step: Step, pace: float) -> None:
+        def move(step: Step | ImageStep, pace: float) -> None:
             bar.update(task, completed=step.index + 1, description=words(step, pace))
 
         yield move

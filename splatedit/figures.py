@@ -1,0 +1,197 @@
+"""The figures of the tables of `diagnostics`. matplotlib is imported here alone, when a figure is asked for."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from splatedit.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from splatedit.diagnostics import Row, Table
+
+
+def new(rows: int = 1, columns: int = 1, width: float = 4.2, height: float = 3.2) -> tuple[Figure, list[list[Any]]]:
+    """A figure with a grid of axes, each so many inches large; raises InputError if matplotlib is not installed."""
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    # Not pyplot: it would keep the figure, and look for a display.
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
+
+
+def check_matplotlib() -> None:
+    """Raise InputError if matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError('figures: matplotlib is not installed; pip install "splatedit[notebook]" brings it.') from None
+
+
+def svg(figure: Figure) -> bytes:
+    """A figure as SVG, the same bytes for the same figure: no date, no random names, letters as outlines."""
+    import matplotlib
+
+    stream = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "splatedit", "svg.fonttype": "path"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": "splatedit"})
+    return stream.getvalue()
+
+
+def curves(axes: Any, rows: Sequence[Row], x: str, y: str, by: str) -> None:
+    """One line for each value of the column `by`, with bars of one standard error where there is one."""
+    for name in dict.fromkeys(row[by] for row in rows):
+        points = sorted((row for row in rows if row[by] == name), key=lambda row: row[x])
+        bars = [0.0 if math.isnan(row[f"{y}_se"]) else row[f"{y}_se"] for row in points]
+        axes.errorbar([r[x] for r in points], [r[y] for r in points], bars, marker="o", ms=3.5, lw=1.3, label=str(name))
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+
+
+def of_drift(table: Table) -> Figure:
+    """Drift over noise levels after the last iteration of each solver; and over iterations, at each noise level."""
+    from splatedit.diagnostics import averaged
+
+    means = averaged(table.rows, ("solver", "t", "iteration"), ("drift",))
+    last = max(row["iteration"] for row in means)
+    steps = sorted({row["t"] for row in means})
+    first = next(iter(row["solver"] for row in means))
+    random = [{**row, "solver": "random"} for row in means if row["iteration"] == 0 and row["solver"] == first]
+    figure, ((left, *panels),) = new(1, 1 + len(steps), 3.4)
+    curves(left, [*random, *(row for row in means if row["iteration"] == last)], "t", "drift", "solver")
+    left.set_title(f"after {last} iterations")
+    for axes, t in zip(panels, steps, strict=True):
+        curves(axes, [row for row in means if row["t"] == t], "iteration", "drift", "solver")
+        axes.set_title(f"t = {t}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    for axes in (left, *panels):
+        axes.set_yscale("log")
+    left.legend(fontsize=8)
+    return figure
+
+
+def of_cost(table: Table) -> Figure:
+    """Drift over cost: one line for each solver, stopped after each iteration; what nothing beats is ringed."""
+    figure, ((axes,),) = new(1, 1, 6.4, 4)
+    curves(axes, table.rows, "cost", "drift", "solver")
+    front = [row for row in table.rows if row["on_front"]]
+    axes.plot(
+        [r["cost"] for r in front], [r["drift"] for r in front], "o", ms=9, mfc="none", mec="black", label="front"
+    )
+    axes.set_xlabel("cost, rows forward + 1.15 rows back")
+    axes.set_yscale("log")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def of_residuals(table: Table) -> Figure:
+    """Residual over iterations, above the rms of the noise; a column for each noise level."""
+    from splatedit.diagnostics import averaged
+
+    means = averaged(table.rows, ("solver", "t", "iteration"), ("residual", "rms"))
+    steps = sorted({row["t"] for row in means})
+    figure, grid = new(2, len(steps), 3.4, 2.8)
+    for column, t in enumerate(steps):
+        here = [row for row in means if row["t"] == t]
+        for axes, name in zip((grid[0][column], grid[1][column]), ("residual", "rms"), strict=True):
+            curves(axes, here, "iteration", name, "solver")
+            axes.set_yscale("log")
+        grid[0][column].set_title(f"t = {t}")
+    grid[0][0].legend(fontsize=8)
+    return figure
+
+
+def picture(axes: Any, image: Tensor, title: str = "") -> None:
+    """A picture (3, h, w) in [0, 1], or a map (h, w), without axes."""
+    shown = image.detach().float().cpu()
+    axes.imshow(shown.clamp(0, 1).permute(1, 2, 0).numpy() if shown.ndim == 3 else shown.numpy(), cmap="magma")
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, fontsize=8)
+
+
+def of_means(table: Table) -> Figure:
+    """A strip for each view: the source, then posterior means by noise level, random noise above refined."""
+    assert table.pictures is not None
+    views, _, columns = table.pictures.shape[:3]
+    names, steps = (list(dict.fromkeys(row[key] for row in table.rows)) for key in ("noise", "t"))
+    drift = {(row["noise"], row["t"], row["view"]): row["drift"] for row in table.rows}
+    figure, grid = new(2 * views, columns, 1.5, 1.7)
+    for view in range(views):
+        for line, name in enumerate(names):
+            axes = grid[2 * view + line]
+            picture(axes[0], table.pictures[view, line, 0], "source")
+            axes[0].set_ylabel(name, fontsize=8)
+            for column, t in enumerate(steps, 1):
+                title = f"t = {t}, drift {drift[name, t, view]:.2f}"
+                picture(axes[column], table.pictures[view, line, column], title)
+    return figure
+
+
+def of_maps(table: Table) -> Figure:
+    """A row for each guidance, a column for each noise level, of the first view."""
+    from splatedit.diagnostics import over_picture
+
+    assert table.pictures is not None
+    guidances, steps = (list(dict.fromkeys(row[key] for row in table.rows)) for key in ("guidance", "t"))
+    height, width = (8 * size for size in table.pictures.shape[-2:])
+    maps = over_picture(table.pictures[:, :, 0], (height, width))
+    rms = {(row["guidance"], row["t"]): row["rms"] for row in table.rows if row["view"] == 0}
+    figure, grid = new(len(guidances), len(steps), 1.7, 1.9)
+    for g, name in enumerate(guidances):
+        grid[g][0].set_ylabel(name, fontsize=8)
+        for i, t in enumerate(steps):
+            picture(grid[g][i], maps[g, i], f"t = {t}, rms {rms[name, t]:.2g}")
+            grid[g][i].images[0].set_clim(0, 1)
+    return figure
+
+
+def of_sweep(table: Table) -> Figure:
+    """Which target is reached at which distance from the source: a line for each number of iterations, DDS a star."""
+    from splatedit.diagnostics import averaged
+
+    means = averaged(table.rows, ("lam", "iters"), ("distance", "margin", "drift"))
+    dds = [row for row in means if not row["iters"]]
+    figure, ((left, middle, right),) = new(1, 3)
+    refined = [row for row in means if row["iters"]]
+    named = [{**row, "N": f"N = {row['iters']}", "lambda": row["lam"]} for row in refined]
+    for axes, name in ((left, "distance"), (middle, "drift")):
+        curves(axes, named, "lambda", name, "N")
+        axes.set_xscale("log")
+        for row in dds:
+            axes.axhline(row[name], ls=":", color="black", label="DDS")
+    curves(right, named, "distance", "margin", "N")
+    right.plot([row["distance"] for row in dds], [row["margin"] for row in dds], "k*", ms=10, label="DDS")
+    left.legend(fontsize=8)
+    return figure
+
+
+def of_invertibility(table: Table) -> Figure:
+    """Source, edit and what came back, of the first view; a row for each guidance."""
+    assert table.pictures is not None
+    guidances = list(dict.fromkeys(row["guidance"] for row in table.rows))
+    first = {row["guidance"]: row for row in table.rows if row["view"] == 0}
+    figure, grid = new(len(guidances), 3, 2, 2.2)
+    for g, name in enumerate(guidances):
+        row = first[name]
+        titles = ("source", f"edit, {row['psnr_edit']:.1f} dB", f"back, {row['psnr']:.1f} dB")
+        for axes, image, title in zip(grid[g], table.pictures[g, 0], titles, strict=True):
+            picture(axes, image, title)
+        grid[g][0].set_ylabel(name, fontsize=8)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Table], Figure]] = {
+    "drift": of_drift,
+    "cost": of_cost,
+    "residuals": of_residuals,
+    "means": of_means,
+    "maps": of_maps,
+    "sweep": of_sweep,
+    "invertibility": of_invertibility,
+}

@@ -210,7 +210,8 @@ def edit_all(
                 for guidance in options.guidances:
                     edits += edit_batch(options, prior, batch, prompt, guidance, console)
     except KeyboardInterrupt:
-        console.print(f"[bold yellow]Interrupted[/] after {len(edits)} edits; these are written.")
+        if edits:
+            console.print(f"[bold yellow]Interrupted[/] after {len(edits)} edits; these are written.")
         return edits, True
     return edits, False
 

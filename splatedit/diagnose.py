@@ -245,6 +245,7 @@ def section(table: Table) -> str:
 
     by, values = SHOWN[table.name]
     means = averaged(table.rows, by, [name for name in values if name in table.columns])
+    said = "Numbers" if means[0]["n"] == 1 else f"Numbers: means over {means[0]['n']} rows each"
     image = address("image/svg+xml", svg(table.figure()))
     kept = address("text/csv", as_csv(table).encode())
     return "\n".join(
@@ -252,7 +253,7 @@ def section(table: Table) -> str:
             f"<h2>{escape(table.title)}</h2>",
             f"<p>{escape(table.says)}</p>",
             f'<img src="{image}" alt="{escape(table.title)}">',
-            f"<details><summary>Numbers: means over {means[0]['n']} rows each</summary>{as_html(means)}</details>",
+            f"<details><summary>{said}</summary>{as_html(means)}</details>",
             f'<p><a download="{table.name}.csv" href="{kept}">All {len(table.rows)} rows as CSV</a></p>',
         ]
     )

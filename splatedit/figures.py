@@ -44,14 +44,32 @@ def svg(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-def curves(axes: Any, rows: Sequence[Row], x: str, y: str, by: str) -> None:
+def colour(name: str) -> str:
+    """The colour of a solver, the same in every figure; grey for what is none."""
+    from splatedit.fpr import SOLVERS
+
+    return f"C{list(SOLVERS).index(name)}" if name in SOLVERS else "0.4"
+
+
+def curves(axes: Any, rows: Sequence[Row], x: str, y: str, by: str, colours: Callable[[str], str] = colour) -> None:
     """One line for each value of the column `by`, with bars of one standard error where there is one."""
     for name in dict.fromkeys(row[by] for row in rows):
         points = sorted((row for row in rows if row[by] == name), key=lambda row: row[x])
         bars = [0.0 if math.isnan(row[f"{y}_se"]) else row[f"{y}_se"] for row in points]
-        axes.errorbar([r[x] for r in points], [r[y] for r in points], bars, marker="o", ms=3.5, lw=1.3, label=str(name))
+        look = {"marker": "o", "ms": 3.5, "lw": 1.3, "capsize": 2, "color": colours(name)}
+        axes.errorbar([row[x] for row in points], [row[y] for row in points], bars, label=str(name), **look)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+
+
+def logarithmic(axes: Any) -> None:
+    """A logarithmic y axis with plain numbers on it."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.2, 0.4)))
+    axes.tick_params(axis="y", which="both", labelsize=8)
 
 
 def of_drift(table: Table) -> Figure:
@@ -71,7 +89,7 @@ def of_drift(table: Table) -> Figure:
         axes.set_title(f"t = {t}")
         axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in (left, *panels):
-        axes.set_yscale("log")
+        logarithmic(axes)
     left.legend(fontsize=8)
     return figure
 
@@ -85,7 +103,7 @@ def of_cost(table: Table) -> Figure:
         [r["cost"] for r in front], [r["drift"] for r in front], "o", ms=9, mfc="none", mec="black", label="front"
     )
     axes.set_xlabel("cost, rows forward + 1.15 rows back")
-    axes.set_yscale("log")
+    logarithmic(axes)
     axes.legend(fontsize=8)
     return figure
 
@@ -101,7 +119,7 @@ def of_residuals(table: Table) -> Figure:
         here = [row for row in means if row["t"] == t]
         for axes, name in zip((grid[0][column], grid[1][column]), ("residual", "rms"), strict=True):
             curves(axes, here, "iteration", name, "solver")
-            axes.set_yscale("log")
+            logarithmic(axes)
         grid[0][column].set_title(f"t = {t}")
     grid[0][0].legend(fontsize=8)
     return figure
@@ -160,12 +178,20 @@ def of_sweep(table: Table) -> Figure:
     figure, ((left, middle, right),) = new(1, 3)
     refined = [row for row in means if row["iters"]]
     named = [{**row, "N": f"N = {row['iters']}", "lambda": row["lam"]} for row in refined]
+    order = list(dict.fromkeys(row["N"] for row in named))
+    lams = sorted({row["lam"] for row in named if row["lam"] > 0})
+
+    def colours(name: str) -> str:
+        return f"C{order.index(name)}"
+
     for axes, name in ((left, "distance"), (middle, "drift")):
-        curves(axes, named, "lambda", name, "N")
+        curves(axes, named, "lambda", name, "N", colours)
         axes.set_xscale("log")
+        axes.set_xticks(lams, [f"{lam:g}" for lam in lams])
+        axes.set_xticks([], minor=True)
         for row in dds:
             axes.axhline(row[name], ls=":", color="black", label="DDS")
-    curves(right, named, "distance", "margin", "N")
+    curves(right, named, "distance", "margin", "N", colours)
     right.plot([row["distance"] for row in dds], [row["margin"] for row in dds], "k*", ms=10, label="DDS")
     left.legend(fontsize=8)
     return figure

@@ -210,7 +210,8 @@ def edit_all(
                 for guidance in options.guidances:
                     edits += edit_batch(options, prior, batch, prompt, guidance, console)
     except KeyboardInterrupt:
-        console.print(f"[bold yellow]Interrupted[/] after {len(edits)} edits; these are written.")
+        if edits:
+            console.print(f"[bold yellow]Interrupted[/] after {len(edits)} edits; these are written.")
         return edits, True
     return edits, False
 
@@ -323,10 +324,8 @@ def write(options: ImageOptions, folder: Path, sights: Sequence[Sight], edits: l
     """Write the pictures, the grid and metrics.json; the paths of the edited pictures, in the order of the grid."""
     from splatedit.media import save_png, to_bytes
 
-    place = {s.name: i for i, s in enumerate(sights)}
-    edits.sort(
-        key=lambda e: (place[e.sight.name], options.prompts.index(e.prompt), options.guidances.index(e.guidance))
-    )
+    names, prompts, guidances = [s.name for s in sights], options.prompts, options.guidances
+    edits.sort(key=lambda e: (names.index(e.sight.name), prompts.index(e.prompt), guidances.index(e.guidance)))
     words = dict(zip(prompts, file_names(prompts), strict=True))
     for edit in edits:
         edit.record["file"] = f"{edit.sight.name}_{words[edit.prompt]}_{edit.guidance}.png"

@@ -43,7 +43,7 @@ def call(monkeypatch, capfd):
     return call
 
 
-@pytest.mark.parametrize("words", [[], ["run"], ["info"], ["render"]])
+@pytest.mark.parametrize("words", [[], ["run"], ["image"], ["info"], ["render"]])
 def test_help_imports_nothing_heavy(words):
     """What makes --help instant. A clock would test the machine; the list of modules tests the program."""
     script = "import sys\nfrom splatedit.cli import main\ntry: main()\nfinally: print(*sys.modules)"
@@ -209,4 +209,4 @@ def test_render_takes_the_up_axis_of_the_sidecar(call, scene_file, tmp_path):
 
 
 def test_every_command_is_here():
-    assert set(cli.commands) == {"run", "image", "info", "render"}
+    assert set(cli.commands) == {"run", "image", "diagnose", "info", "render"}

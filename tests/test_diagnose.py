@@ -48,6 +48,7 @@ def test_page_of_a_scene(scene_file, tiny_model, tmp_path, monkeypatch, capfd, s
 
 def test_page_of_a_picture_is_the_same_again(photo, tiny_model, tmp_path, monkeypatch, short):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("splatedit.figures.svg", lambda figure: b"")  # test_diagnostics draws one twice
     options = {"source": "a cat", "model": str(tiny_model), "quick": True, "device": "cpu"}
     first = diagnose(photo, "a dog", **options)
     assert first.name == "photo-diagnosis.html"

@@ -1,6 +1,9 @@
 """Diagnostics on the exact denoiser of Gaussians, where drift, gradients and edits are known in closed form."""
 
 import math
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
@@ -201,6 +204,32 @@ def test_edits_between_gaussians_come_back_to_where_they_began():
         if row["guidance"] in ("dds", "ids"):
             assert row["moved"] == pytest.approx(way / float(one.z[row["view"]].norm()), rel=1e-9)
     assert table.pictures.shape == (4, 2, 3, 3, 16, 24)
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_lpips_is_a_column_where_it_can_be_had(reachable, monkeypatch):
+    """The package takes pictures in [-1, 1], and asks the network for its weights when it is first used."""
+
+    class Network:
+        def __init__(self, net, verbose):
+            if not reachable:
+                raise OSError("no route to host")
+
+        def to(self, device):
+            return self
+
+        def __call__(self, a, b):
+            assert float(a.min()) >= -1 and float(b.max()) <= 1
+            return (a - b).abs().mean() / 2
+
+    module = ModuleType("lpips")
+    module.LPIPS, module.__spec__ = Network, ModuleSpec("lpips", None)
+    monkeypatch.setitem(sys.modules, "lpips", module)
+    table = diagnostics.invertibility(subject(Modes()), seeded(1), guidances=("dds",), steps=2)
+    assert ("lpips" in table.columns) == reachable
+    if reachable:
+        for row, (source, _, back) in zip(table.rows, table.pictures[0], strict=True):
+            assert row["lpips"] == pytest.approx(float((source - back).abs().mean()), rel=1e-5)
 
 
 def test_sweep_begins_with_dds():

@@ -7,8 +7,8 @@ A stage of the renderer takes, in CPU seconds summed over threads, at least abou
 rate: 16-lane operations per second of one core, measured on a half-and-half mix of multiply-adds and additions, which
 is about what the stages consist of and what cores are fastest at: a Zen 4 core starts one multiply-add *and* one other
 512-bit operation per cycle, an Intel server core two of any kind. "limit" also says what it would be at the rate of
-multiply-adds alone. bandwidth: of copying (bytes read plus bytes written)
-with arrays as large as all data of the call, so that what fits the cache is charged the cache's speed.
+multiply-adds alone. bandwidth: of copying (bytes read plus bytes written) on all threads at once, since they share the
+memory, with arrays as large as all data of the call, so that what fits the cache is charged the cache's speed.
 
 operations and bytes, with n Gaussians of which v are visible, p pairs (tile, Gaussian) of which q come before their
 tile has ended, and of the 4x4-pixel blocks that the rectangles around the ellipses touch live ones, h hit and m missed:
@@ -32,6 +32,7 @@ import mmap
 import resource
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,9 +118,14 @@ def _fault() -> float:
 
 @functools.cache
 def bandwidth(size: int) -> float:
-    """Bytes per second, read plus written, of copying between two arrays that together have `size` bytes."""
-    half = int(min(max(size, 2**18), 2**28)) // 8
-    return 8 * half / _seconds(_copy, np.ones(half, F), np.ones(half, F))
+    """Bytes per second of one core, read plus written, while all of torch's threads copy `size` bytes in all."""
+    threads = torch.get_num_threads()
+    half = int(min(max(size, 2**18), 2**28)) // 8 // threads
+    with ThreadPoolExecutor(threads) as workers:
+        arrays = [(np.ones(half, F), np.ones(half, F)) for _ in range(threads)]
+        _copy(*arrays[0])  # compiles
+        seconds = list(workers.map(lambda pair: _seconds(_copy, *pair), arrays))
+    return 8 * half * threads / sum(seconds)
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
     python benchmarks/diagnostics.py [--scene scenes/cat.ply] [--prompt "a pig"] [--model pocket]
 
-Writes docs/images/diagnostics_drift.png and diagnostics_means.png, and prints the means of all tables. The same script takes Stable Diffusion.
+Writes docs/images/diagnostics_drift.png and diagnostics_means.png, and prints the means of all tables. The same
+script takes Stable Diffusion.
 """
 
 from __future__ import annotations

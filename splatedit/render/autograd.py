@@ -305,7 +305,7 @@ def _pair_up(
 
     start = memory.empty(total + 1, np.int64)
     start[0] = 0
-    np.cumsum(touched, out=start[1:])
+    touched.cumsum(out=start[1:])
     parts = pool.chunks_of(int((past - first).max()), 4096, 4)  # of a camera, each with its own counts
     ranges = _parts(first, past, parts)
     pair_counts = np.zeros((cameras * parts, tiles), np.int64)
@@ -313,8 +313,8 @@ def _pair_up(
     by_part = pair_counts.reshape(cameras, parts, tiles)
     per_tile = by_part.sum(1).reshape(-1)
     starts = np.zeros(cameras * tiles + 1, np.int64)
-    np.cumsum(per_tile, out=starts[1:])
-    place = starts[:-1].reshape(cameras, 1, tiles) + np.cumsum(by_part, 1) - by_part
+    per_tile.cumsum(out=starts[1:])
+    place = starts[:-1].reshape(cameras, 1, tiles) + (by_part.cumsum(1) - by_part if parts > 1 else 0)
     pairs = memory.empty(2 * int(starts[-1]), np.int32)
     place = np.ascontiguousarray(place.reshape(cameras * parts, tiles))
     pool.run(binning.list_pairs, len(ranges), len(ranges), ranges, order, boxes, start, place, pairs, columns)
@@ -325,6 +325,8 @@ def _pair_up(
 
 def _parts(first: np.ndarray, past: np.ndarray, parts: int) -> np.ndarray:
     """(k parts, 2): each of k ranges cut into so many."""
+    if parts == 1:
+        return np.array((first, past)).T.copy()
     cuts = first[:, None] + (past - first)[:, None] * np.arange(parts + 1) // parts
     return np.stack([cuts[:, :-1], cuts[:, 1:]], -1).reshape(-1, 2)
 

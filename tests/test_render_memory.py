@@ -70,12 +70,12 @@ def test_a_block_twice_as_large_is_left_for_others():
 def test_what_is_no_longer_asked_for_is_given_up():
     array = memory.empty(20 * LARGE)
     del array
-    assert sum(block.nbytes for _, block in memory._free) > 60 * LARGE
+    assert memory.waiting() > 60 * LARGE
     for _ in range(memory.PATIENCE + 2):
         memory.empty(LARGE)
-    assert 0 < sum(block.nbytes for _, block in memory._free) < 8 * LARGE
+    assert 0 < memory.waiting() < 8 * LARGE
     memory.free()
-    assert not memory._free
+    assert memory.waiting() == 0
 
 
 def test_threads_share_it_without_sharing_memory():
@@ -94,3 +94,18 @@ def test_threads_share_it_without_sharing_memory():
     for worker in workers:
         worker.join(timeout=60)
     assert not wrong and not any(worker.is_alive() for worker in workers)
+
+
+def test_an_array_may_die_while_its_thread_takes_memory():
+    """The garbage collector may find one at any allocation, in the thread that holds the lock."""
+    arrays = [memory.empty(LARGE)]
+
+    def work() -> None:
+        with memory._lock:
+            arrays.clear()
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(timeout=20)
+    assert not worker.is_alive()
+    assert memory.waiting() > 4 * LARGE

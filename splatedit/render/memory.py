@@ -8,6 +8,7 @@ The list holds what renders of late needed at once; `free` empties it.
 
 import math
 import threading
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ PATIENCE = 256  # a block that so many others were taken before it was asked for
 _free: list[tuple[int, np.ndarray]] = []  # when it came, and the block; the longest waiting first
 _taken = 0
 _lock = threading.Lock()
+# Where blocks come back to. An array may die at any moment, even while this thread holds the lock: when the garbage
+# collector finds it. So this needs none: appending to a deque is atomic.
+_returned: deque[np.ndarray] = deque()
 
 
 class _Loan:
@@ -34,7 +38,7 @@ class _Loan:
         }
 
     def __del__(self) -> None:
-        _give_back(self.block)
+        _returned.append(self.block)
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any = np.float32, aligned: bool = False) -> np.ndarray:
@@ -50,10 +54,26 @@ def empty(shape: int | tuple[int, ...], dtype: Any = np.float32, aligned: bool =
     return block[skip : skip + size].view(dtype).reshape(shape)
 
 
+def waiting() -> int:
+    """Bytes that wait to be used again."""
+    with _lock:
+        _tidy()
+        return sum(block.nbytes for _, block in _free)
+
+
 def free() -> None:
     """Give all memory that waits to be used again back to the system."""
     with _lock:
+        _tidy()
         _free.clear()
+
+
+def _tidy() -> None:
+    """Take in what came back, give up what nobody asked for. With the lock held."""
+    while _returned:
+        _free.append((_taken, _returned.popleft()))
+    while _free and _free[0][0] < _taken - PATIENCE:
+        _free.pop(0)
 
 
 def _address(block: np.ndarray) -> int:
@@ -65,15 +85,9 @@ def _take(size: int) -> np.ndarray:
     global _taken
     with _lock:
         _taken += 1
+        _tidy()
         fitting = [(block.nbytes, i) for i, (_, block) in enumerate(_free) if size + 64 <= block.nbytes <= 2 * size]
         if fitting:
             return _free.pop(min(fitting)[1])[1]
     step = 1 << max(12, size.bit_length() - 4)  # so that the next, a little larger, fits too
     return np.empty((size + 64 + step - 1) // step * step, np.uint8)
-
-
-def _give_back(block: np.ndarray) -> None:
-    with _lock:
-        _free.append((_taken, block))
-        while _free[0][0] < _taken - PATIENCE:
-            _free.pop(0)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from splatedit.diffusion import SMALLEST, Denoise, Draw, Guided, Text, pick, repeat
 from splatedit.errors import InputError
+from splatedit.score import lifted_gradient
 
 REFERENCE_SIZE = 16384  # numbers in a 4x64x64 latent, at which the step of IDS was published
 BACKWARD = 1.15  # cost of a backward pass to the input in forward passes, by the FLOPs of Stable Diffusion's U-Net
@@ -284,17 +285,14 @@ class Search:
 
     def differentiate(self, x: Tensor, z: Tensor, draw: Draw, text: Text) -> tuple[Tensor, Tensor, Tensor]:
         """ehat, residual and its gradient with respect to x, through the guided network."""
-        # The gradient's seed has entries near 1/sqrt(numbers), which half precision loses on the way through a network.
-        # A power of two lifts them and, being exact, changes nothing in single precision.
-        boost = 2.0 ** round(math.log2(8 * self.frame.span))
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             ehat = self.denoise(x, draw.t, text)
             residual = gap(z, x, draw, ehat)
-            (slope,) = torch.autograd.grad(boost * residual.sum(), x)
+            slope = lifted_gradient(residual, x)
         self.evaluations += len(x) * rows_per_sample(self.denoise)
         self.backwards += len(x) * rows_per_sample(self.denoise)
-        return ehat.detach(), residual.detach(), slope / boost
+        return ehat.detach(), residual.detach(), slope
 
     def judge(self, look: Look) -> None:
         """Accept the iterates just looked at, unless a residual rose and the best is to be kept; see who stops."""

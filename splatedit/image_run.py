@@ -17,7 +17,17 @@ from rich.markup import escape
 
 from splatedit.config import GUIDANCES, SOLVERS, Config, choose, within
 from splatedit.errors import InputError
-from splatedit.run import DONE, INTERRUPTED, NOT_CHANGED, output_folder, progress_bar, slug, versions, write_json
+from splatedit.run import (
+    DONE,
+    INTERRUPTED,
+    NOT_CHANGED,
+    json_number,
+    output_folder,
+    progress_bar,
+    slug,
+    versions,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -297,22 +307,17 @@ def measure(
         rows.append(
             {
                 "verdict": "noise" if rough else "unchanged" if still else "changed",
-                "psnr_to_source": finite(psnr(new, old)),
+                "psnr_to_source": json_number(psnr(new, old)),
                 "ssim_to_source": ssim(new, old),
-                "autoencoder_psnr": finite(psnr(same, old)),
+                "autoencoder_psnr": json_number(psnr(same, old)),
                 "autoencoder_ssim": ssim(same, old),
                 "prefers_target": asked[1][index] > 0,
                 "preferred_target_before": asked[0][index] > 0,
-                "margin": finite(asked[1][index]),
-                "margin_before": finite(asked[0][index]),
+                "margin": json_number(asked[1][index]),
+                "margin_before": json_number(asked[0][index]),
             }
         )
     return rows
-
-
-def finite(value: float) -> float | None:
-    """JSON knows no infinity."""
-    return value if math.isfinite(value) else None
 
 
 def changed(edit: Edited) -> bool:

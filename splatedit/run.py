@@ -484,16 +484,17 @@ def peak_memory() -> dict[str, int | None]:
     return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit, "gpu": gpu}
 
 
+def json_number(value: float) -> float | None:
+    """The number, or None, JSON's null, for what JSON has no number for."""
+    return value if math.isfinite(value) else None
+
+
 def curve(log: Log) -> dict[str, list]:
     """Loss, PSNR to the source and (ids) drift and rms of the noise in every step; what is not finite becomes null."""
-
-    def plain(value: float) -> float | None:
-        return value if math.isfinite(value) else None
-
-    lines: dict[str, list] = {"loss": [plain(v) for v in log.loss], "psnr": [plain(v) for v in log.psnr]}
+    lines: dict[str, list] = {"loss": [json_number(v) for v in log.loss], "psnr": [json_number(v) for v in log.psnr]}
     if any(log.drift):
-        lines["fpr_drift"] = [[plain(v) for v in row] for row in log.drift]
-        lines["fpr_rms"] = [[plain(v) for v in row] for row in log.rms]
+        lines["fpr_drift"] = [[json_number(v) for v in row] for row in log.drift]
+        lines["fpr_rms"] = [[json_number(v) for v in row] for row in log.rms]
     return lines
 
 

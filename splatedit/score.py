@@ -63,13 +63,19 @@ def target_and_source(denoise: Denoise, z: Tensor, draw: Draw, request: Request)
     return target, source
 
 
-def slope(values: Tensor, x: Tensor) -> Tensor:
+def lifted_gradient(values: Tensor, x: Tensor) -> Tensor:
     """The gradient of each sample's value (b,) with respect to its own x (b, ...), through a half-precision network.
 
     Entries of a gradient near 1 / sqrt(size) would be lost on the way: a power of two lifts them, and being exact,
-    changes nothing in single precision. A sample whose gradient overflows gets zeros; the others keep theirs.
+    changes nothing in single precision. A sample may still overflow.
     """
     boost = 2.0 ** round(math.log2(8 * math.sqrt(x[0].numel())))
     (grad,) = torch.autograd.grad(boost * values.sum(), x)
+    return grad / boost
+
+
+def slope(values: Tensor, x: Tensor) -> Tensor:
+    """As `lifted_gradient`, but a sample whose gradient overflows gets zeros; the others keep theirs."""
+    grad = lifted_gradient(values, x)
     sound = grad.flatten(1).isfinite().all(1).view(-1, *[1] * (x.ndim - 1))
-    return torch.where(sound, grad / boost, 0)
+    return torch.where(sound, grad, 0)

@@ -49,12 +49,11 @@ def rasterize(
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """`backends.rasterization` with all its arguments given and checked."""
     divide = render_mode in ("ED", "RGB+ED")
-    limits = (near_plane, far_plane, radius_clip, eps2d)
-    shape = (width, height, *limits, rasterize_mode == "antialiased", MIN_COMPENSATION)
+    limits = (width, height, near_plane, far_plane, radius_clip, eps2d, rasterize_mode == "antialiased")
     with_sh = sh_degree is not None and render_mode not in ("D", "ED")
     degree, coefficients = (-1, None) if sh_degree is None or not with_sh else (sh_degree, colors)
     channels = 0 if not with_sh else 3 if render_mode == "RGB" else 4
-    splats, odd = project(means, quats, scales, opacities, coefficients, viewmats, Ks, degree, channels, shape)
+    splats, odd = project(means, quats, scales, opacities, coefficients, viewmats, Ks, degree, channels, limits)
     if odd or not (with_sh or math.isfinite(colors.detach().numpy().sum())):
         parameters = {"means": means, "quats": quats, "scales": scales, "opacities": opacities, "colors": colors}
         views = {"viewmats": viewmats, "Ks": Ks, "backgrounds": backgrounds}
@@ -88,7 +87,7 @@ def project(
     Ks: Tensor,
     degree: int,
     channels: int,
-    shape: tuple[Any, ...],
+    limits: tuple[Any, ...],
 ) -> tuple[tuple[Tensor, ...], bool]:
     """radii (c, n, 2) int32, means2d (c, n, 2), depths (c, n), conics (c, n, 3), dimmed opacities (c, n), see `twin`.
 
@@ -98,7 +97,7 @@ def project(
     if coefficients is None:
         coefficients = means.new_zeros(len(means), 1, 0)
     odd = np.zeros(1, np.bool_)
-    options = (degree, channels, shape, odd)
+    options = (degree, channels, (*limits, MIN_COMPENSATION), odd)
     splats = _Project.apply(means, quats, scales, opacities, coefficients, viewmats, Ks, options)
     return splats, bool(odd[0])  # pyright: ignore
 
@@ -120,9 +119,8 @@ def contributions(
     rasterize_mode: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`lifting.contributions` with all its arguments given, checked and without a graph."""
-    limits = (near_plane, far_plane, radius_clip, eps2d)
-    shape = (width, height, *limits, rasterize_mode == "antialiased", MIN_COMPENSATION)
-    splats, _ = project(means, quats, scales, opacities, None, viewmats, Ks, -1, 0, shape)
+    limits = (width, height, near_plane, far_plane, radius_clip, eps2d, rasterize_mode == "antialiased")
+    splats, _ = project(means, quats, scales, opacities, None, viewmats, Ks, -1, 0, limits)
     radii, means2d, depths, conics, dimmed, colors = splats
     paired = _pair_up(means2d, conics, dimmed, colors, radii, depths, (width, height))
     (cameras, n), size = depths.shape, (len(depths), height, width)

@@ -243,12 +243,10 @@ def _by_twin(
     eps2d: float,
     rasterize_mode: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    antialiased = rasterize_mode == "antialiased"
-    limits = (near_plane, far_plane, radius_clip, eps2d, antialiased)
-    radii, means2d, depths, conics, compensations = twin.project(
+    limits = (near_plane, far_plane, radius_clip, eps2d, rasterize_mode == "antialiased")
+    radii, means2d, depths, conics, dimmed = twin.splats(
         means, quats, scales, opacities, viewmats, Ks, width, height, *limits
     )
-    dimmed = opacities * compensations if antialiased else opacities.expand(depths.shape)
     ids = torch.full((len(viewmats), height, width), -1, device=means.device)
     weights, pixels = means.new_zeros(ids.shape), ids.new_zeros(depths.shape)
     for c in range(len(viewmats)):

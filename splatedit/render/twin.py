@@ -41,10 +41,8 @@ def rasterize(
     """`backends.rasterization` with all its arguments given and checked."""
     antialiased = rasterize_mode == "antialiased"
     limits = (near_plane, far_plane, radius_clip, eps2d, antialiased)
-    radii, means2d, depths, conics, compensations = project(
-        means, quats, scales, opacities, viewmats, Ks.detach(), width, height, *limits
-    )
-    dimmed = opacities * compensations if antialiased else opacities.expand(depths.shape)
+    parameters = (means, quats, scales, opacities)
+    radii, means2d, depths, conics, dimmed = splats(*parameters, viewmats, Ks.detach(), width, height, *limits)
     if render_mode in ("D", "ED"):
         colors, backgrounds = depths[..., None], None
     else:
@@ -93,6 +91,16 @@ def rotation(quats: Tensor) -> Tensor:
         [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
     ]
     return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
+def splats(
+    means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, *view: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `project`, with the opacities (c, n) that are drawn, which "antialiased" dims, for the compensations."""
+    radii, means2d, depths, conics, compensations = project(means, quats, scales, opacities, *view)
+    antialiased = view[-1]
+    dimmed = opacities * compensations if antialiased else opacities.expand(depths.shape)
+    return radii, means2d, depths, conics, dimmed
 
 
 def project(

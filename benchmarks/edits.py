@@ -117,13 +117,13 @@ def read_method(text: str) -> tuple[str, dict]:
     return name, {**settings, "tuning": Tuning(**tuned)}
 
 
-def at_score(curve: list[dict], score: float) -> dict | None:
-    """The measurements where the judge's log-odds first cross `score`, interpolated; None if they never do."""
+def at_score(curve: list[dict], score: float, key: str = "log_odds") -> dict | None:
+    """The measurements where `key` first crosses `score`, interpolated; None if it never does."""
     for before, after in zip([None, *curve], curve, strict=False):
-        if after["log_odds"] >= score:
-            if before is None or after["log_odds"] == before["log_odds"]:
+        if after[key] >= score:
+            if before is None or after[key] == before[key]:
                 return dict(after)
-            f = (score - before["log_odds"]) / (after["log_odds"] - before["log_odds"])
+            f = (score - before[key]) / (after[key] - before[key])
             return {k: before[k] + f * (after[k] - before[k]) for k in after}
     return None
 

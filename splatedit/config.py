@@ -19,7 +19,7 @@ from splatedit.tuning import RANGES
 
 GUIDANCES = ("ids", "dds", "cds", "pds", "dreamcatalyst", "sds", "vsd", "sdi")  # the keys of guidance.GUIDANCE
 TIMESTEPS = ("uniform", "stratified", "annealed")  # of timesteps.TIMESTEPS
-SOLVERS = ("grad", "grad_polyak", "picard_null", "picard", "anderson")  # the keys of fpr.SOLVERS
+SOLVERS = ("grad", "grad_polyak", "picard_null", "picard", "anderson", "by_level")  # of fpr.SOLVERS
 WEIGHTS = ("uniform", "sigma2", "fantasia3d", "x0")  # of score.WEIGHTS
 RIGS = ("orbit", "dome")  # the keys of cameras.RIGS
 UPS = ("+x", "-x", "+y", "-y", "+z", "-z")  # cameras.UPS

@@ -10,7 +10,7 @@ from torch import Tensor
 from splatedit.diffusion import guided, repeat
 from splatedit.errors import InputError
 from splatedit.fpr import FPR, SOLVERS
-from splatedit.guidance import GUIDANCE, Request
+from splatedit.guidance import BACKWARDS, GUIDANCE, Request
 from splatedit.source_cache import SERVED, SourceCache, digest, fingerprint, source_side
 from splatedit.timesteps import PUBLISHED, check_draws, edit_draw
 from splatedit.tuning import Tuning, bind
@@ -134,12 +134,12 @@ class Distiller:
         more = {"history": history} if method.guidance == "ids" else {}
         gradient = GUIDANCE[method.guidance](self.denoise, z.detach(), draw, request, **self.options, **more)
         self.drawn += len(z)
-        self.spent += history[0].backwards if history else 0
+        self.spent += history[0].backwards if history else len(z) * BACKWARDS.get(method.guidance, 0)
         return Pull(gradient, history[0] if history else None)
 
     @property
     def backwards(self) -> int:
-        """Network rows through which gradients were sent back so far, for fixed-point regularisation."""
+        """Network rows through which gradients were sent back so far, beside those of the pictures."""
         return self.spent + (self.cache.backwards if self.cache else 0)
 
     def state_dict(self) -> dict[str, Any]:

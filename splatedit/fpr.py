@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -147,11 +147,17 @@ def anderson_step(looks: list[Look], frame: Frame) -> Point:
 
 
 class Solver(NamedTuple):
-    """A step, and what it has to know at each iterate."""
+    """A step, and what it has to know at each iterate; or, by noise level, which of the others is to do the work."""
 
-    step: Step
+    step: Step | None
     slope: bool = False  # the gradient through the network
     null: bool = False  # of the null text alone, which costs one row instead of two; else of the guided source text
+    levels: tuple[tuple[float, str | None], ...] = ()  # falling: from which a^2 / s^2 up, which solver; None: none
+
+
+# Steps 300 and 700 of Stable Diffusion's schedule. Below the first the network finds the source from any noise; beyond
+# the second, the null text's posterior is so wide that only the gradient finds the way.
+LEVELS = ((1.45, None), (0.09, "picard_null"), (0.0, "grad_polyak"))
 
 
 SOLVERS: dict[str, Solver] = {
@@ -160,6 +166,7 @@ SOLVERS: dict[str, Solver] = {
     "picard_null": Solver(picard_step, null=True),
     "picard": Solver(picard_step),
     "anderson": Solver(anderson_step, null=True),
+    "by_level": Solver(None, levels=LEVELS),
 }
 
 
@@ -189,6 +196,9 @@ def fpr(
     if `denoise` has none.
     """
     method = check_options(denoise, iters, lam, solver, stop)
+    if method.levels:
+        options = {"t_range": t_range, "sphere": sphere, "keep_best": keep_best, "stop": stop}
+        return by_level(method.levels, denoise, z_source, draw, source, iters, lam, **options)
     search = Search(denoise, Frame(z_source.detach(), draw, lam), source, method, keep_best, stop, t_range)
     looks: list[Look] = []
     for _ in range(iters):
@@ -197,6 +207,7 @@ def fpr(
         looks = [*looks[-2:], search.look()]
         search.judge(looks[-1])
         search.note()
+        assert method.step is not None
         after = method.step(looks, search.frame)
         if sphere:
             after = search.frame.at_noise(after.noise * (length(draw.noise) / length(after.noise).clamp_min(1e-12)))
@@ -211,9 +222,53 @@ def check_options(denoise: Denoise, iters: int, lam: float, solver: str, stop: f
     for name, value in (("iters", iters), ("lambda", lam), ("stop", stop)):
         if not (value >= 0 and math.isfinite(value)):
             raise InputError(f"fpr {name}: found {value}, expected 0 or more.")
-    if SOLVERS[solver].null and not isinstance(denoise, Guided):
+    names = [name for _, name in SOLVERS[solver].levels if name] or [solver]
+    if any(SOLVERS[name].null for name in names) and not isinstance(denoise, Guided):
         raise InputError(f"solver: {solver!r} asks for the null text, which this denoiser has not; see `guided`.")
     return SOLVERS[solver]
+
+
+def by_level(
+    levels: tuple[tuple[float, str | None], ...],
+    denoise: Denoise,
+    z_source: Tensor,
+    draw: Draw,
+    source: Text,
+    iters: int,
+    lam: float,
+    **options: Any,
+) -> FPR:
+    """Each sample by the solver for its noise level, see `Solver.levels`; the searches' accounts as one."""
+    source, snr = repeat(source, len(z_source)), (draw.a / draw.s).square().flatten()
+    rows, parts, above = [], [], math.inf
+    for level, name in levels:
+        chosen = ((snr >= level) & (snr < above)).nonzero()[:, 0]
+        above = level
+        if len(chosen):
+            part = z_source[chosen], draw.pick(chosen), pick(source, chosen), iters if name else 0, lam, name or "grad"
+            rows.append(chosen)
+            parts.append(fpr(denoise, *part, **options))
+    return merged(rows, parts, iters)
+
+
+def merged(rows: list[Tensor], parts: list[FPR], k: int) -> FPR:
+    """Searches of some rows each as one of all rows and k iterations; who ended sooner repeats the last numbers."""
+    order = torch.cat(rows).argsort()
+
+    def beside(tables: list[Tensor], height: int) -> Tensor:
+        blank = [table if len(table) else table.new_full((1, table.shape[1]), math.nan) for table in tables]
+        return torch.cat([t[torch.arange(height).clamp_max(len(t) - 1)] for t in blank], 1)[:, order]
+
+    scores = [part.score for part in parts if part.score is not None]
+    return FPR(
+        torch.cat([part.noise for part in parts])[order],
+        beside([part.residuals for part in parts], k),
+        *(beside([getattr(part, name) for part in parts], k + 1) for name in ("rms", "kurtosis", "autocorrelation")),
+        torch.cat([part.iterations for part in parts])[order],
+        sum(part.evaluations for part in parts),
+        sum(part.backwards for part in parts),
+        torch.cat(scores)[order] if len(scores) == len(parts) else None,
+    )
 
 
 class Search:

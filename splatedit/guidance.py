@@ -21,6 +21,7 @@ from splatedit.score import Guidance, Request, push, target_and_source, weighed
 from splatedit.variational import vsd
 
 __all__ = [
+    "BACKWARDS",
     "FPR",
     "GUIDANCE",
     "Guidance",
@@ -94,3 +95,7 @@ GUIDANCE: dict[str, Guidance] = {
     "dreamcatalyst": dreamcatalyst,
     "ids": ids,
 }
+
+# Rows of the network through which a guidance sends gradients back for each sample, beside those of FPR: to the latents
+# for the contrastive loss, to the weights for the LoRA.
+BACKWARDS: dict[str, int] = {"cds": 1, "vsd": 1}

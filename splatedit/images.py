@@ -57,7 +57,7 @@ class ImageStep(NamedTuple):
     pictures: Callable[[], Tensor]  # decodes them to (b, 3, H, W) in [0, 1]
     seconds: float  # of this step
     evaluations: int  # network rows evaluated so far
-    backwards: int  # network rows through which FPR sent gradients back so far; other gradients are not counted
+    backwards: int  # network rows through which gradients were sent back so far
     residuals: list[float]  # posterior-mean drift after each FPR iteration; empty but for ids
     fpr: FPR | None = None  # None but for ids
 

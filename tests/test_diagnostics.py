@@ -104,7 +104,10 @@ def test_costs_are_the_evaluations_counted(solver):
         (row,) = rows_of(priced, solver=solver, iteration=iters)
         assert row["forwards"] == forwards and row["backwards"] == sum(back) / 3
         assert row["cost"] == forwards + BACKWARD * sum(back) / 3
-        assert row["cost"] == {"picard_null": 1, "anderson": 1, "picard": 2}.get(solver, 2 * (1 + BACKWARD)) * iters
+        assert (
+            row["cost"]
+            == {"picard_null": 1, "anderson": 1, "by_level": 1, "picard": 2}.get(solver, 2 * (1 + BACKWARD)) * iters
+        )
 
 
 def test_front_is_what_nothing_beats():

@@ -7,13 +7,14 @@ import pytest
 import torch
 from mixtures import F64, SCALE, SHAPE, SIZE, WIDTH, Affine, Modes, draw_at, exact, normal, seeded
 
-from splatedit.diffusion import guided, repeat
+from splatedit.diffusion import guided, pick, repeat
 from splatedit.errors import InputError
 from splatedit.fpr import BACKWARD, REFERENCE_SIZE, SOLVERS, fpr, moments
 from splatedit.guidance import dds, ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+SINGLE = [name for name, solver in SOLVERS.items() if not solver.levels]
 NULL = [name for name, solver in SOLVERS.items() if solver.null]
 
 
@@ -90,7 +91,7 @@ def test_polyak_halves_a_linear_residual_and_twice_its_step_solves_it(affine):
     exact(fpr(affine.denoise, z, draw, affine.source, 1, 2.0, "grad_polyak").noise, wanted)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SINGLE)
 def test_every_solver_ends_at_the_fixed_point_of_one_gaussian(solver, affine):
     z, draw = normal(2, *SHAPE, seed=5), draw_at([200, 300], normal(2, *SHAPE, seed=6))
     wanted = fixed_point(affine, solver, z, draw)
@@ -102,7 +103,7 @@ def test_every_solver_ends_at_the_fixed_point_of_one_gaussian(solver, affine):
 
 
 # ---------------------------------------------------------------------------------------------------- several Gaussians
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SINGLE)
 def test_the_residual_falls(solver, modes):
     """Picard's only without guidance: at scale 7.5 it is driven away (next test)."""
     z, draw = normal(4, *SHAPE, seed=5), draw_at([200, 200, 300, 300], normal(4, *SHAPE, seed=6))
@@ -140,7 +141,7 @@ def test_picard_on_the_source_text_does_know_it(modes):
     assert (one - other).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SINGLE)
 @pytest.mark.parametrize("options", [{}, {"keep_best": True}, {"stop": 0.1}, {"sphere": True}])
 def test_no_iterations_leave_the_noise_and_ids_is_dds(solver, options, modes):
     z, z_source = normal(2, *SHAPE, seed=4), normal(2, *SHAPE, seed=5)
@@ -178,7 +179,7 @@ def test_the_default_is_the_published_loop_bit_for_bit(modes):
 
 
 # ------------------------------------------------------------------------------------------------------------- options
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SINGLE)
 @pytest.mark.parametrize("iters", [1, 3])
 def test_the_sphere_keeps_the_length_of_the_noise(solver, iters, modes):
     z, draw = normal(3, *SHAPE, seed=5), draw_at([100, 500, 900], normal(3, *SHAPE, seed=6))
@@ -193,7 +194,7 @@ def test_the_sphere_keeps_the_length_of_the_noise(solver, iters, modes):
     assert (bound.noise - draw.noise).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SINGLE)
 def test_keep_best_returns_the_iterate_with_the_least_residual_and_its_score(solver, modes):
     count = 12
     z, draw = normal(count, *SHAPE, seed=5), draw_at([700] * count, normal(count, *SHAPE, seed=6))
@@ -214,7 +215,7 @@ def test_keep_best_returns_the_iterate_with_the_least_residual_and_its_score(sol
     exact(found.score, modes.denoise(draw.a * z + draw.s * found.noise, draw.t, text), atol=1e-10)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SINGLE)
 def test_keep_best_costs_nothing_where_nothing_overshoots(solver, affine):
     z, z_source = normal(2, *SHAPE, seed=4), normal(2, *SHAPE, seed=5)
     draw, plain, safe = draw_at([300, 500], normal(2, *SHAPE, seed=6)), [], []
@@ -225,7 +226,7 @@ def test_keep_best_costs_nothing_where_nothing_overshoots(solver, affine):
     exact(safe[0].residuals, plain[0].residuals)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SINGLE)
 def test_a_sample_stops_once_its_residual_is_small(solver, affine):
     z, draw = normal(2, *SHAPE, seed=5), draw_at([100, 900], normal(2, *SHAPE, seed=6))
     text, size = repeat(affine.source, 2), z.flatten(1).norm(dim=1)
@@ -240,7 +241,7 @@ def test_a_sample_stops_once_its_residual_is_small(solver, affine):
     assert found.residuals[1, early] == found.residuals[0, early]
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SINGLE)
 @pytest.mark.parametrize("keep_best", [False, True])
 def test_steps_outside_the_range_are_left_alone(solver, keep_best, modes):
     z, draw = normal(4, *SHAPE, seed=5), draw_at([299, 300, 700, 701], normal(4, *SHAPE, seed=6))
@@ -251,6 +252,34 @@ def test_steps_outside_the_range_are_left_alone(solver, keep_best, modes):
     exact(found.noise[1:3], whole.noise[1:3])
     none = fpr(modes.denoise, z, draw, modes.source, t_range=(400, 500), solver=solver)
     assert torch.equal(none.noise, draw.noise) and none.evaluations == none.backwards == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_best": True}, {"stop": 0.5}, {"sphere": True}])
+def test_by_level_asks_nobody_below_step_300_picard_up_to_700_and_polyak_beyond(options, modes):
+    steps = [700, 100, 300, 299, 699, 950]
+    z, noise = normal(6, *SHAPE, seed=5), normal(6, *SHAPE, seed=6)
+    draw, text = draw_at(steps, noise), repeat(modes.source, 6)
+    found = fpr(modes.denoise, z, draw, text, 3, solver="by_level", **options)
+    assert torch.equal(found.noise[[1, 3]], noise[[1, 3]]) and found.iterations[[1, 3]].tolist() == [0, 0]
+    for solver, rows in (("picard_null", [2, 4]), ("grad_polyak", [0, 5])):
+        picked = torch.tensor(rows)
+        part = fpr(modes.denoise, z[picked], draw.pick(picked), pick(text, picked), 3, solver=solver, **options)
+        for name in ("noise", "iterations"):
+            assert torch.equal(getattr(found, name)[picked], getattr(part, name))
+        made = len(part.residuals)
+        assert torch.equal(found.residuals[:made, picked], part.residuals)
+        assert torch.equal(found.rms[: made + 1, picked], part.rms)
+        assert not torch.equal(found.noise[picked], noise[picked])
+    assert found.residuals.shape == (3, 6) and found.rms.shape == (4, 6)
+    assert (found.score is not None) == bool(options.get("keep_best"))
+
+
+def test_by_level_needs_a_null_text_and_knows_mistakes(modes):
+    z, draw = normal(1, *SHAPE, seed=5), draw_at([500], normal(1, *SHAPE, seed=6))
+    with pytest.raises(InputError, match="asks for the null text"):
+        fpr(modes.mixture, z, draw, modes.source, solver="by_level")
+    with pytest.raises(InputError, match="fpr iters"):
+        fpr(modes.denoise, z, draw, modes.source, -1, solver="by_level")
 
 
 # --------------------------------------------------------------------------------------------------------- the account
@@ -351,7 +380,7 @@ def test_a_denoiser_without_null_text_is_told_apart(solver, modes):
 
 
 # ------------------------------------------------------------------------------------------------------ half precision
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SINGLE)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_networks_serve_single_precision_latents(solver, dtype, modes):
     def network(x, t, text):
@@ -364,7 +393,7 @@ def test_half_precision_networks_serve_single_precision_latents(solver, dtype, m
     assert found.noise.dtype == torch.float32 and found.noise.isfinite().all() and not torch.equal(found.noise, noise)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SINGLE)
 def test_an_overflow_costs_its_sample_the_steps_and_nothing_else(solver, modes):
     z, draw = normal(2, *SHAPE, seed=5), draw_at([300, 700], normal(2, *SHAPE, seed=6))
 

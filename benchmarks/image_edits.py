@@ -185,9 +185,7 @@ def compare(runs: list[dict], score: float, console: Console) -> None:
     shown = {k: v for k, v in COLUMNS.items() if k in runs[0]["curve"][-1]}
     columns = ["method", "reached", *(title for title, _ in shown.values())]
     absolute = Table(*columns, title=f"where edits reach the target score {score:g}: mean, 95 % interval")
-    paired = Table(
-        *columns, title=f"target score {score:g}: less {REFERENCE}, of edits that both bring there; *: not 0"
-    )
+    paired = Table(*columns, title=f"target score {score:g}: less {REFERENCE}, where both get there; *: not 0")
     for method, found in at.items():
         reached = [key for key in edits if found[key] is not None]
         both = [key for key in reached if at[REFERENCE][key] is not None]

@@ -261,13 +261,15 @@ def merged(rows: list[Tensor], parts: list[FPR], k: int) -> FPR:
 
     scores = [part.score for part in parts if part.score is not None]
     return FPR(
-        torch.cat([part.noise for part in parts])[order],
-        beside([part.residuals for part in parts], k),
-        *(beside([getattr(part, name) for part in parts], k + 1) for name in ("rms", "kurtosis", "autocorrelation")),
-        torch.cat([part.iterations for part in parts])[order],
-        sum(part.evaluations for part in parts),
-        sum(part.backwards for part in parts),
-        torch.cat(scores)[order] if len(scores) == len(parts) else None,
+        noise=torch.cat([part.noise for part in parts])[order],
+        residuals=beside([part.residuals for part in parts], k),
+        rms=beside([part.rms for part in parts], k + 1),
+        kurtosis=beside([part.kurtosis for part in parts], k + 1),
+        autocorrelation=beside([part.autocorrelation for part in parts], k + 1),
+        iterations=torch.cat([part.iterations for part in parts])[order],
+        evaluations=sum(part.evaluations for part in parts),
+        backwards=sum(part.backwards for part in parts),
+        score=torch.cat(scores)[order] if len(scores) == len(parts) else None,
     )
 
 

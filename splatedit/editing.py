@@ -91,6 +91,7 @@ def edit(
     background: tuple[float, float, float] = (1.0, 1.0, 1.0),
     device: str = "auto",
     offline: bool = False,
+    resume: dict[str, Any] | None = None,
 ) -> Iterator[Step]:
     """Edit splats by score distillation; iterate to make it happen, keep the last Step's `gaussians`.
 
@@ -103,7 +104,9 @@ def edit(
     key of `fpr.SOLVERS`, and fpr_*: of ids, see `fpr.fpr`. source_cache: records of the source kept for
     each camera, one for each of as many equal parts of t_range, so that a step evaluates the edit alone; 0 is off.
     cache_*: see `source_cache.SourceCache`. rates fall to `final_rate` of themselves; the last `average_last` of the
-    steps are averaged into the result. The same arguments give the same splats bit for bit on a CPU.
+    steps are averaged into the result. resume: what `Step.state` of the same edit gave; the edit goes on after that
+    step. More `steps` than it had then are allowed, and rates and averaging are then those of the longer edit from
+    there on. The same arguments give the same splats bit for bit on a CPU, resumed or not.
     Raises InputError for a mistake in an argument.
     """
     from splatedit.priors import Prior, find_prompt, load_prior
@@ -126,8 +129,11 @@ def edit(
     poses = camera_numbers(rig, extent).to(place)
     distiller = Distiller(prior, method, prompt, source, latents, generator, seed, poses)
     order = view_order(rig.n, steps * views_per_step, generator).view(steps, views_per_step)
+    first = 0 if resume is None else restore(resume, scene, generator, steps, distiller)
+    if first < steps * (1 - average_last):
+        scene.forget_average()  # of a shorter edit
 
-    for index in range(steps):
+    for index in range(first, steps):
         watch = Stopwatch(place)
         chosen = order[index].tolist()
         with watch("render"):
@@ -178,19 +184,25 @@ def look(scene: Splats, views: list[int], done: int) -> Tensor:
 
 
 def state(scene: Splats, generator: torch.Generator, done: int, distiller: Distiller) -> dict[str, Any]:
-    """What a checkpoint holds: steps done, parameters, their running mean, Adam's moments, the generator's state.
-
-    And what the distiller has learnt and used: see its `state_dict`.
-    """
+    """What a checkpoint holds: steps done, the scene's and the distiller's state, the generator's, rows evaluated."""
     return {
         **distiller.state_dict(),
+        **scene.state_dict(),
         "step": done,
-        "parameters": {k: p.detach() for k, p in scene.parameters.items()},
-        "mean": scene.mean,
-        "averaged": scene.averaged,
-        "optimizer": scene.optimizer.state_dict(),
         "generator": generator.get_state(),
+        "evaluations": distiller.prior.evaluations,
     }
+
+
+def restore(state: dict[str, Any], scene: Splats, generator: torch.Generator, steps: int, distiller: Distiller) -> int:
+    """Put back what `state` gave and return the index of the next step; raises InputError if it is of another edit."""
+    if state["step"] > steps:
+        raise InputError(f"resume: the state is of {state['step']} steps, but steps is {steps}; give as many or more.")
+    scene.load_state_dict(state)
+    distiller.load_state_dict(state)
+    generator.set_state(state["generator"])
+    distiller.prior.evaluations = state["evaluations"]
+    return state["step"]
 
 
 def resolve_device(device: str) -> str:

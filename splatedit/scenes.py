@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from splatedit.cameras import Cameras
+from splatedit.errors import InputError
 from splatedit.gaussians import Gaussians
 from splatedit.render import Rendering, render
 
@@ -98,6 +99,36 @@ class Splats:
             self.mean = {k: p.detach().clone() for k, p in self.parameters.items()}
         for k, p in self.parameters.items():
             self.mean[k].lerp_(p, 1 / self.averaged)
+
+    def forget_average(self) -> None:
+        """Let `result` return the current splats again, until averaging begins."""
+        self.mean, self.averaged = None, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step and the result depend on; its tensors are those of the scene, so save it before that."""
+        return {
+            "parameters": {k: p.detach() for k, p in self.parameters.items()},
+            "mean": self.mean,
+            "averaged": self.averaged,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; raises InputError if that was another scene, or one with other rates."""
+        shapes = {k: tuple(p.shape) for k, p in self.parameters.items()}
+        found = {k: tuple(p.shape) for k, p in state["parameters"].items()}
+        if found != shapes:
+            raise InputError(f"resume: the state is of a scene with {found}, expected {shapes}; give its own scene.")
+        trained = [group["name"] for group in state["optimizer"]["param_groups"]]
+        if trained != [group["name"] for group in self.optimizer.param_groups]:
+            raise InputError(f"resume: the state is of an edit of {', '.join(trained)}; give the same rates.")
+        for k, p in self.parameters.items():
+            p.copy_(state["parameters"][k])
+        mean = state["mean"]
+        self.mean = None if mean is None else {k: v.to(self.parameters[k], copy=True) for k, v in mean.items()}
+        self.averaged = state["averaged"]
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def nearest(points: Tensor, count: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ from splatedit.errors import InputError
 from splatedit.gaussians import PARAMETERS, SH_REST, Gaussians
 
 
-def check_read(gaussians: Gaussians, path: Path) -> Gaussians:
+def check_read(gaussians: Gaussians, path: Path, keys: Mapping[str, str] | None = None) -> Gaussians:
     """The same Gaussians, if there is one, all numbers are finite and no quaternion is 0; else InputError with the row.
 
-    For formats without columns of their own: the message names the parameter, its component and the row.
+    For formats without columns of their own: the message names the parameter, by its key in the file where `keys` has
+    one, its component and the row.
     """
+    key = {name: name for name in PARAMETERS} | dict(keys or {})
     n = gaussians.n
     if n == 0:
         raise InputError(f"{path}: found 0 Gaussians, expected at least 1; the scene is empty.")
@@ -25,13 +28,13 @@ def check_read(gaussians: Gaussians, path: Path) -> Gaussians:
         if bad.any():
             row, column = (int(i) for i in bad.nonzero()[0])
             raise InputError(
-                f"{path}: {name}, row {row}, component {column}: found {value[row, column].item()}, expected a finite "
-                f"number ({int(bad.any(1).sum())} of {n} rows are affected); remove such Gaussians first."
+                f"{path}: {key[name]}, row {row}, component {column}: found {value[row, column].item()}, expected a "
+                f"finite number ({int(bad.any(1).sum())} of {n} rows are affected); remove such Gaussians first."
             )
     still = ~gaussians.quats.any(1)
     if still.any():
         raise InputError(
-            f"{path}: quats, row {int(still.nonzero()[0])}: found 0 0 0 0, expected a quaternion "
+            f"{path}: {key['quats']}, row {int(still.nonzero()[0])}: found 0 0 0 0, expected a quaternion "
             f"({int(still.sum())} of {n} rows are affected); remove such Gaussians first."
         )
     return gaussians

@@ -107,7 +107,7 @@ def read_zip(path: Path) -> dict[str, bytes]:
     MEMBERS files and for a ratio no splat reaches.
     """
     packed = path.stat().st_size
-    _check_directory(path)
+    check_directory(path)
     try:
         with zipfile.ZipFile(path) as archive:
             infos = [info for info in archive.infolist() if not info.is_dir()]
@@ -126,20 +126,26 @@ def read_zip(path: Path) -> dict[str, bytes]:
         raise InputError(f"{path}: damaged zip archive ({text}); copy or download it again.") from error
 
 
-def _check_directory(path: Path) -> None:
-    """Raise InputError for a zip whose list of files is too long: `zipfile` reads it whole before one can look.
+def check_directory(path: Path, most: int = MEMBERS) -> None:
+    """Raise InputError for a zip that lists more than `most` files: `zipfile` reads the whole list before one can look.
 
-    The end record is the last one with its signature, at most 64 KiB before the end of the file (APPNOTE.TXT 4.3.16).
+    The end record is the last one with its signature, at most 64 KiB before the end of the file (APPNOTE.TXT 4.3.16);
+    the larger numbers of Zip64 stand in a record before it (4.3.14).
     """
     with open(path, "rb") as stream:
-        stream.seek(max(0, path.stat().st_size - (1 << 16) - 22))
+        stream.seek(max(0, path.stat().st_size - (1 << 16) - 98))
         tail = stream.read()
     at = tail.rfind(b"PK\5\6")
     if at < 0 or len(tail) < at + 22:
         raise InputError(f"{path}: damaged zip archive (its end is missing); copy or download it again.")
     entries, size = struct.unpack_from("<HI", tail, at + 10)
-    if entries > MEMBERS or size > MEMBERS * 300:
-        raise InputError(f"{path}: the zip archive lists {entries} files, expected at most {MEMBERS}.")
+    wide = tail.rfind(b"PK\6\6", 0, at)
+    if wide >= 0 and len(tail) >= wide + 56:
+        entries, size = struct.unpack_from("<QQ", tail, wide + 32)
+    if entries > most or size > most * 300:
+        raise InputError(
+            f"{path}: the zip archive lists {entries} files in {size} bytes, expected at most {most} files."
+        )
 
 
 def member_name(path: Path, name: str) -> str:

@@ -48,6 +48,7 @@ class CameraFile(NamedTuple):
     views: tuple[View, ...]  # by name, in the order of the alphabet; a path's in its own order
     held_out: frozenset[str] = frozenset()  # names of the views that the file itself keeps from training
     missing: int = 0  # views left out, because their picture is not there while others are
+    trained: bool = False  # in the world of the trained splats already: written by the trainer or from its viewer
     applied: np.ndarray | None = None  # (4, 4): what was done to the original world before the cameras were written
     applied_scale: float = 1.0
 
@@ -151,7 +152,7 @@ def read_inria(path: Path, content: Any) -> CameraFile:
         values = {key: _number(_key(entry, key, where), f"{where}: {key}") for key in ("fx", "fy")}
         lens = make_lens(where, "PINHOLE", width, height, {**values, "cx": width / 2, "cy": height / 2})
         views.append(View(name, w2c_of(c2w, f"{where}: rotation"), lens))
-    return _sorted(CameraFile(path, "INRIA cameras.json", tuple(views)))
+    return _sorted(CameraFile(path, "INRIA cameras.json", tuple(views), trained=True))
 
 
 def read_nerfstudio(path: Path, content: dict[str, Any]) -> CameraFile:
@@ -183,7 +184,11 @@ def read_nerfstudio(path: Path, content: dict[str, Any]) -> CameraFile:
         raise InputError(f"{path}: applied_scale: found {scale}, expected a number above 0.")
     held = [content[key] for key in ("val_filenames", "test_filenames") if isinstance(content.get(key), list)]
     names = frozenset(str(name) for names in held for name in names)
-    return _sorted(CameraFile(path, "nerfstudio transforms.json", tuple(views), names, missing, applied, scale))
+    return _sorted(
+        CameraFile(
+            path, "nerfstudio transforms.json", tuple(views), names, missing, applied=applied, applied_scale=scale
+        )
+    )
 
 
 def _nerfstudio_lens(values: Mapping[str, Any], where: str, picture: Path | None) -> Lens:
@@ -238,7 +243,7 @@ def read_path(path: Path, content: dict[str, Any]) -> CameraFile:
         lens = make_lens(where, "SIMPLE_PINHOLE", width, height, values)
         w2c = w2c_of(matrix.reshape(4, 4) @ FLIP, f"{where}: camera_to_world")
         views.append(View(f"{index:04d}", w2c, lens))
-    return CameraFile(path, "nerfstudio camera path", tuple(views))
+    return CameraFile(path, "nerfstudio camera path", tuple(views), trained=True)
 
 
 READERS: dict[str, Callable[[Path, dict[str, Any]], CameraFile]] = {"frames": read_nerfstudio, "camera_path": read_path}
@@ -400,6 +405,23 @@ def size_of(views: Sequence[View]) -> tuple[int, int]:
         straight = pinhole(lens)
         sizes[straight.width, straight.height] += count
     return sizes.most_common(1)[0][0]
+
+
+def read_dataparser(path: Path, file: CameraFile) -> tuple[np.ndarray, float]:
+    """What nerfstudio's training did to the world of `file`: [R t; 0 1] (4, 4) and then a scale, as `moved` takes them.
+
+    dataparser_transforms.json counts from the original world: applied_transform and applied_scale of transforms.json
+    are in it and come off again (nerfstudio/data/dataparsers/nerfstudio_dataparser.py). Raises InputError.
+    """
+    content = _mapping(parse_json(path, path.read_bytes()), f"{path}: the content")
+    transform = _matrix(_key(content, "transform", str(path)), (4, 4), f"{path}: transform", (3, 4))
+    w2c_of(transform, f"{path}: transform")
+    scale = _number(_key(content, "scale", str(path)), f"{path}: scale")
+    if scale <= 0:
+        raise InputError(f"{path}: scale: found {scale}, expected a number above 0.")
+    if file.applied is not None:
+        transform = transform @ np.linalg.inv(file.applied)
+    return transform, scale / file.applied_scale
 
 
 def moved(views: Sequence[View], transform: np.ndarray, scale: float) -> tuple[View, ...]:

@@ -61,11 +61,11 @@ class Bounds(NamedTuple):
 def bounds(gaussians: Gaussians) -> Bounds:
     """The ball that holds the scene but not its floaters.
 
-    Each Gaussian weighs opacity times area (`_visible`). Starting from the weighted median, everything beyond 2.5 times
+    Each Gaussian weighs opacity times area (`visible`). Starting from the weighted median, everything beyond 2.5 times
     the distance that holds 90 % of the weight is dropped until nothing more goes. The centre is the middle of the box
     that holds 99 % of the remaining weight along each axis, the radius the distance from it that holds 99.5 %.
     """
-    points, mass = _core(*_visible(gaussians))
+    points, mass = _core(*visible(gaussians))
     low, high = _box(points, mass, 0.005)
     centre = (low + high) / 2
     radius = _quantile(np.linalg.norm(points - centre, axis=1), mass, 0.995)
@@ -74,7 +74,7 @@ def bounds(gaussians: Gaussians) -> Bounds:
     return Bounds(torch.tensor(centre, dtype=torch.float32, device=gaussians.means.device), radius)
 
 
-def _visible(gaussians: Gaussians, most: int = 50_000) -> tuple[np.ndarray, np.ndarray]:
+def visible(gaussians: Gaussians, most: int = 50_000) -> tuple[np.ndarray, np.ndarray]:
     """Means (m, 3) and how much each Gaussian can be seen (m,), float64, m at most `most` drawn at random.
 
     Seen is opacity times the area of the largest section; the area is capped at its 90th percentile, so that no
@@ -175,7 +175,7 @@ def ground_scores(gaussians: Gaussians, cells: int = 10, layer: float = 0.06) ->
     The shadow is a grid of `cells` squared over the horizontal box of the scene; the layer is `layer` times the longest
     side of the box thick. A floor scores near 1, the side of a crate too, four feet or the tip of a ball near 0.
     """
-    points, mass = _core(*_visible(gaussians))
+    points, mass = _core(*visible(gaussians))
     low, high = _box(points, mass, 0.01)
     size = np.maximum(high - low, 1e-12)
     square = ((points - low) / size * cells).astype(int).clip(0, cells - 1)

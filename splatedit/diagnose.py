@@ -170,17 +170,20 @@ def look(prior: Prior, path: Path, prompt: str, source: str | None, views: int, 
     import torch
 
     from splatedit.diagnostics import Subject
-    from splatedit.files import READERS, sidecar
+    from splatedit.files import sidecar
+    from splatedit.formats import endings, format_of
     from splatedit.images import ENDINGS as PICTURES
     from splatedit.images import read_picture
     from splatedit.priors import find_prompt
 
     if path.suffix.lower() in PICTURES:
         pictures = read_picture(path, prior.image_size)[None]
-    elif path.suffix.lower() in READERS:
+    elif format_of(path) is not None:
         pictures = drawn(path, prior, views)
     else:
-        raise InputError(f"{path}: neither a splat file ({', '.join(READERS)}) nor a picture ({', '.join(PICTURES)}).")
+        raise InputError(
+            f"{path}: neither a splat file ({', '.join(endings(read=True))}) nor a picture ({', '.join(PICTURES)})."
+        )
     pictures, origin = pictures.to(prior.device), "as given"
     beside = sidecar(path).source_prompt
     if source is None and beside is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -89,7 +90,7 @@ class Distiller:
         cameras: Tensor | None = None,
     ):
         method.check()
-        self.method, self.latents, self.generator, self.cameras = method, latents, generator, cameras
+        self.prior, self.method, self.latents, self.generator, self.cameras = prior, method, latents, generator, cameras
         self.alphas_cumprod = prior.alphas_cumprod
         self.denoise = guided(prior.denoise, prior.null(1), method.scale(prior))
         self.target, self.source = prior.text([prompt]), prior.text([source])
@@ -143,7 +144,28 @@ class Distiller:
         return self.spent + (self.cache.backwards if self.cache else 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """What an answer depends on beside the generator: what vsd has learnt, how often each record was used."""
-        particle = self.options.get("particle")
-        learnt = {} if particle is None else {"particle": particle.state_dict()}
-        return learnt if self.cache is None else {**learnt, "source_cache_visits": dict(self.cache.visits)}
+        """What an answer depends on beside the generator: draws made, what vsd has learnt, how often each record of the
+        cache was used. The records are functions of their names and are made anew.
+        """
+        particle, cache = self.options.get("particle"), self.cache
+        state: dict[str, Any] = {"drawn": self.drawn, "spent": self.spent}
+        if particle is not None:
+            state["particle"] = particle.state_dict()
+        if cache is not None:
+            state |= {"source_cache_visits": dict(cache.visits), "source_cache_counts": dict(cache.counts)}
+            state["source_cache_rows"] = (cache.evaluations, cache.backwards)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; raises InputError if that was another guidance."""
+        particle, cache = self.options.get("particle"), self.cache
+        for name, part in (("particle", particle), ("source_cache_visits", cache)):
+            if (name in state) != (part is not None):
+                raise InputError("resume: the state is of another guidance or source_cache; give the same settings.")
+        self.drawn, self.spent = state["drawn"], state["spent"]
+        if particle is not None:
+            particle.load_state_dict(state["particle"])
+        if cache is not None:
+            cache.visits = Counter(state["source_cache_visits"])
+            cache.counts = Counter(state["source_cache_counts"])
+            cache.evaluations, cache.backwards = state["source_cache_rows"]

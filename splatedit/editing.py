@@ -16,8 +16,10 @@ from splatedit.distilling import Distiller, Method
 from splatedit.errors import InputError, Lost
 from splatedit.fpr import FPR
 from splatedit.gaussians import Gaussians
+from splatedit.growth import Grower, Growth
 from splatedit.metrics import psnr
-from splatedit.scenes import Rates, Splats
+from splatedit.render import Rendering
+from splatedit.scenes import Hold, Rates, Splats
 from splatedit.tuning import Tuning
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class Step(NamedTuple):
     state: Callable[[], dict[str, Any]]  # everything that decides the next step; call it before taking that step
     fpr: FPR | None = None  # what fixed-point regularisation did in this step; None but for ids
     backwards: int = 0  # network rows through which gradients were sent back so far
+    rows: Tensor | None = None  # (m,) source row that each one continues, -1 if it was added; None: all as they were
     cache: Mapping[str, int] = {}  # of the source cache so far: hits, filled, read, dropped; empty if it is off
 
 
@@ -91,6 +94,10 @@ def edit(
     background: tuple[float, float, float] = (1.0, 1.0, 1.0),
     device: str = "auto",
     offline: bool = False,
+    mask: Tensor | None = None,
+    hold: Hold = Hold(),  # noqa: B008
+    growth: Growth = Growth(),  # noqa: B008
+    resume: dict[str, Any] | None = None,
 ) -> Iterator[Step]:
     """Edit splats by score distillation; iterate to make it happen, keep the last Step's `gaussians`.
 
@@ -103,7 +110,11 @@ def edit(
     key of `fpr.SOLVERS`, and fpr_*: of ids, see `fpr.fpr`. source_cache: records of the source kept for
     each camera, one for each of as many equal parts of t_range, so that a step evaluates the edit alone; 0 is off.
     cache_*: see `source_cache.SourceCache`. rates fall to `final_rate` of themselves; the last `average_last` of the
-    steps are averaged into the result. The same arguments give the same splats bit for bit on a CPU.
+    steps are averaged into the result. mask: (n,) bool, which Gaussians may change; the others come back bit for bit.
+    hold: what keeps these near the source as well; growth: whether Gaussians are added and removed (`Step.rows` then
+    says which). resume: what `Step.state` of the same edit gave; the edit goes on after that step. More `steps` than it
+    had then are allowed, and rates and averaging are then those of the longer edit from there on. The same arguments
+    give the same splats bit for bit on a CPU, resumed or not.
     Raises InputError for a mistake in an argument.
     """
     from splatedit.priors import Prior, find_prompt, load_prior
@@ -116,22 +127,29 @@ def edit(
     place, gaussians = prior.device, gaussians.to(prior.device)
     extent = bounds(gaussians)
     rig = rig_for(gaussians, cameras, views, prior.image_size, up)
-    scene = Splats(
-        gaussians, rig, extent.radius, rates, background=background, supersample=supersample, neighbours=neighbours
-    )
+    drawing = {"background": background, "supersample": supersample}
+    scene = Splats(gaussians, rig, extent.radius, rates, mask=mask, hold=hold, neighbours=neighbours, **drawing)
     generator = torch.Generator(place).manual_seed(seed)
+    grower = Grower(growth, scene, steps, generator)
     images, latents = source_views(scene, prior)
     if source is None:
         source, _ = find_prompt(prior, latents, generator)
     poses = camera_numbers(rig, extent).to(place)
     distiller = Distiller(prior, method, prompt, source, latents, generator, seed, poses)
     order = view_order(rig.n, steps * views_per_step, generator).view(steps, views_per_step)
+    elsewhere = 1 - torch.cat([scene.coverage([view]) for view in range(rig.n)]) if hold.outside else None
+    parts = Parts(scene, grower, distiller, generator)
+    first = 0 if resume is None else restore(resume, parts, steps)
+    if first < steps * (1 - average_last):
+        scene.forget_average()  # of a shorter edit
 
-    for index in range(steps):
+    for index in range(first, steps):
         watch = Stopwatch(place)
         chosen = order[index].tolist()
         with watch("render"):
-            image = look(scene, chosen, index)
+            drawn = look(scene, chosen, index)
+            grower.watch(index, drawn)
+        image = drawn.rgb
         pixels = image.detach().requires_grad_()
         with watch("encode"):
             z = prior.encode(pixels)
@@ -140,18 +158,22 @@ def edit(
         # One backward, in two halves so that each is billed to its own account.
         with watch("encode"):
             (upstream,) = torch.autograd.grad(z, pixels, pull.gradient)
+        if elsewhere is not None:
+            upstream += outside_pull(pixels, images[chosen], elsewhere[chosen], hold.outside * rms(upstream))
         with watch("render"):
             image.backward(upstream)
         with watch("optimise"):
             scene.step(index / steps, final_rate)
             if index >= steps * (1 - average_last):
                 scene.average()
+            grower.step(index, drawn)
         yield Step(
             index=index,
             steps=steps,
-            loss=float(pull.gradient.square().mean().sqrt()),
+            loss=float(rms(pull.gradient)),
             image=image.detach(),
             gaussians=scene.result(),
+            rows=scene.rows,
             seconds=watch.seconds,
             evaluations=prior.evaluations,
             backwards=distiller.backwards,
@@ -159,14 +181,14 @@ def edit(
             residuals=drift(pull.fpr.residuals, latents[chosen]) if pull.fpr else [],
             fpr=pull.fpr,
             psnr_to_source=psnr(image.detach(), images[chosen]),
-            state=partial(state, scene, generator, index + 1, distiller),
+            state=partial(state, parts, index + 1),
         )
 
 
-def look(scene: Splats, views: list[int], done: int) -> Tensor:
-    """Pictures of the current splats; raises Lost if some of these cannot be drawn any more after `done` steps."""
+def look(scene: Splats, views: list[int], done: int) -> Rendering:
+    """What is seen of the current splats; raises Lost if some of these cannot be drawn any more after `done` steps."""
     try:
-        return scene(views).rgb
+        return scene(views)
     except InputError as error:
         drawable = scene.gaussians.drawable()
         if drawable.all():
@@ -177,20 +199,51 @@ def look(scene: Splats, views: list[int], done: int) -> Tensor:
         ) from error
 
 
-def state(scene: Splats, generator: torch.Generator, done: int, distiller: Distiller) -> dict[str, Any]:
-    """What a checkpoint holds: steps done, parameters, their running mean, Adam's moments, the generator's state.
+def rms(x: Tensor) -> Tensor:
+    """Root of the mean square."""
+    return x.square().mean().sqrt()
 
-    And what the distiller has learnt and used: see its `state_dict`.
+
+@torch.no_grad()
+def outside_pull(images: Tensor, source: Tensor, elsewhere: Tensor, weight: Tensor | float) -> Tensor:
+    """The gradient of weight * sum elsewhere |images - source|: pixels outside the mask go back to the source's.
+
+    images, source: (b, 3, h, w). elsewhere: (b, 1, h, w) in [0, 1], how much of a pixel is outside.
     """
+    return weight * elsewhere * (images - source).sign()
+
+
+class Parts(NamedTuple):
+    """What an edit is made of, as far as it changes from step to step."""
+
+    scene: Splats
+    grower: Grower
+    distiller: Distiller
+    generator: torch.Generator
+
+
+def state(parts: Parts, done: int) -> dict[str, Any]:
+    """What a checkpoint holds: steps done, the state of all parts, rows evaluated."""
     return {
-        **distiller.state_dict(),
+        **parts.distiller.state_dict(),
+        **parts.scene.state_dict(),
+        **parts.grower.state_dict(),
         "step": done,
-        "parameters": {k: p.detach() for k, p in scene.parameters.items()},
-        "mean": scene.mean,
-        "averaged": scene.averaged,
-        "optimizer": scene.optimizer.state_dict(),
-        "generator": generator.get_state(),
+        "generator": parts.generator.get_state(),
+        "evaluations": parts.distiller.prior.evaluations,
     }
+
+
+def restore(state: dict[str, Any], parts: Parts, steps: int) -> int:
+    """Put back what `state` gave and return the index of the next step; raises InputError if it is of another edit."""
+    if state["step"] > steps:
+        raise InputError(f"resume: the state is of {state['step']} steps, but steps is {steps}; give as many or more.")
+    parts.scene.load_state_dict(state)
+    parts.grower.load_state_dict(state)
+    parts.distiller.load_state_dict(state)
+    parts.generator.set_state(state["generator"])
+    parts.distiller.prior.evaluations = state["evaluations"]
+    return state["step"]
 
 
 def resolve_device(device: str) -> str:

@@ -1,4 +1,4 @@
-"""The one exception a user's mistake raises."""
+"""The one exception a user's mistake raises, and the warning that something is lost."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class Lost(InputError):
     """An edit whose splats are no longer finite: the rates or the scale were too high."""
+
+
+class LossWarning(UserWarning):
+    """A file was written, or read, that does not hold all there was: the message is one line that says what is lost."""

@@ -28,6 +28,10 @@ class Particle(Protocol):
 
     def learn(self, z: Tensor, text: Text, camera: Tensor | None, generator: torch.Generator) -> float: ...
 
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
 
 def vsd(
     denoise: Denoise,

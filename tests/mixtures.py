@@ -111,3 +111,6 @@ class OneGaussian:
 
     def state_dict(self):
         return {"mean": self.mean}
+
+    def load_state_dict(self, state):
+        self.mean = state["mean"]

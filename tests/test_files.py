@@ -495,8 +495,8 @@ def test_a_missing_file_suggests_names_nearby(tmp_path):
     fails(tmp_path / "none" / "a.ply", "no such file, and no folder")
     fails(tmp_path, "is a folder", "penguin.ply")
     (tmp_path / "penguin.ply").unlink()
-    fails(tmp_path / "zebra.ply", "holds no .ply file")
-    fails(tmp_path, "is a folder", "holds no .ply file")
+    fails(tmp_path / "zebra.ply", "holds no splat file")
+    fails(tmp_path, "is a folder", "holds no splat file")
     fails(tmp_path / f"{'a' * 300}.ply", "File name too long")
 
 

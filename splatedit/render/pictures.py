@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class Rendering(NamedTuple):
     alpha: Tensor  # (c, 1, h, w) in [0, 1]
     depth: Tensor  # (c, 1, h, w) expected distance along the view axis, scene units; 0 where nothing is hit
     means2d: Tensor  # (c, n, 2) pixels; call retain_grad() before backward to read its gradient
+    meta: Mapping[str, Any] = {}  # all that `rasterization` tells; what `densify.screen_gradients` reads
 
 
 def render(
@@ -57,4 +58,4 @@ def render(
         backend=backend,
     )
     image = image.permute(0, 3, 1, 2)
-    return Rendering(image[:, :3], alpha.permute(0, 3, 1, 2), image[:, 3:], meta["means2d"])
+    return Rendering(image[:, :3], alpha.permute(0, 3, 1, 2), image[:, 3:], meta["means2d"], meta)

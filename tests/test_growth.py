@@ -1,0 +1,255 @@
+"""Geometry that may change: who grows, what follows, and that an edit with it is as repeatable as one without."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_editing import ToyPrior, painted
+from test_resume import same, saved
+
+from splatedit.cameras import dome, orbit
+from splatedit.editing import edit
+from splatedit.errors import InputError
+from splatedit.growth import SMALL, Grower, Growth, faint, refine, strongest
+from splatedit.render import densify, render
+from splatedit.scenes import Hold, Rates, Splats
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ALL = Rates(means=1e-2, quats=1e-2, scales=1e-2, opacities=0.1, sh0=0.1, shN=0.1)
+
+
+@pytest.fixture
+def scene(cloud):
+    """300, of which the first 20 are small, the last 10 faint."""
+    scales, opacities = cloud.scales.clone(), cloud.opacities.clone()
+    scales[:20] = math.log(0.5 * SMALL)
+    opacities[-10:] = -6.0  # 0.0025
+    return cloud._replace(scales=scales, opacities=opacities)
+
+
+@pytest.fixture
+def prior(cloud):
+    cameras = dome(cloud, 5, size=32)
+    colors = {"red": (0.8, 0.1, 0.1), "blue": (0.1, 0.1, 0.8)}
+    return ToyPrior({k: render(painted(cloud, v), cameras).rgb for k, v in colors.items()})
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def splats(scene, **options):
+    return Splats(scene, orbit(scene, 4, size=32), 1.0, ALL, supersample=1, **options)
+
+
+def trained(scene, steps=3, **options):
+    """A scene under edit with moments and a mean, each row with its own."""
+    under = splats(scene, **options)
+    for _ in range(steps):
+        (under([0, 1]).rgb * torch.linspace(-1, 1, 32)).sum().backward()
+        under.step(0.0, 1.0)
+        under.average()
+    return under
+
+
+def moments(under, name):
+    (state,) = (under.optimizer.state[g["params"][0]] for g in under.optimizer.param_groups if g["name"] == name)
+    return state
+
+
+def run(scene, prior, **options):
+    settings = {"steps": 40, "views": 5, "guidance": "dds", "supersample": 1, "rates": ALL, **options}
+    return edit(scene, "blue", "red", model=prior, **settings)
+
+
+# ---------------------------------------------------------------------------------------------------------- who grows
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40), st.floats(0, 100), st.integers(-3, 50))
+@settings(max_examples=50, deadline=None)
+def test_the_strongest_are_the_highest_so_many_percent(values, percent, room):
+    pull = torch.tensor(values)
+    chosen = strongest(pull, percent, room)
+    expected = min(round(len(pull) * percent / 100), max(room, 0), int((pull > 0).sum()))
+    assert int(chosen.sum()) == expected
+    assert not chosen.any() or chosen.all() or pull[chosen].min() >= pull[~chosen].max()
+
+
+def test_what_nothing_pulls_at_or_pulls_at_without_a_number_does_not_grow():
+    pull = torch.tensor([0.0, math.nan, 2.0, 0.0])
+    assert strongest(pull, 100, 9).tolist() == [False, False, True, False]
+
+
+def test_the_faint_go_but_never_all_of_them():
+    below = faint(torch.tensor([-6.0, 0.0, -5.0, -5.4]), 0.005)
+    assert below.tolist() == [True, False, False, True], "logit(0.005) is -5.29"
+    assert faint(torch.tensor([-6.0, -5.5, -7.0]), 0.005).tolist() == [True, False, True]
+
+
+def test_small_ones_are_doubled_large_ones_split_faint_ones_removed(scene):
+    under = trained(scene)
+    before = {k: p.detach().clone() for k, p in under.parameters.items()}
+    learnt = moments(under, "sh0")["exp_avg"].clone()
+    pull = torch.zeros(300)
+    pull[[3, 5, 100, 200, 295]] = torch.tensor([5.0, 4.0, 3.0, 2.0, 9.0])  # 295 is faint
+    refine(under, pull, Growth(percent=4 / 290 * 100), limit=1000, generator=generator())
+    after = under.parameters
+    assert under.n == len(after["means"]) == 300 - 10 + 4
+    left = [i for i in range(290) if i not in (100, 200)]
+    assert under.rows.tolist() == [*left, *[-1] * 6]
+    assert under.parent[-6:].tolist() == [3, 5, 100, 200, 100, 200], "copies, then the halves"
+    for name, value in after.items():
+        assert torch.equal(value[:288], before[name][left]) and value.requires_grad
+        assert torch.equal(value[288:290], before[name][[3, 5]])
+    torch.testing.assert_close(after["scales"][290:], before["scales"][[100, 200, 100, 200]] - math.log(1.6))
+    away = (after["means"][290:] - before["means"][[100, 200, 100, 200]]).norm(dim=1)
+    assert (0 < away).all() and (away < 4 * before["scales"][[100, 200, 100, 200]].exp().amax(1)).all()
+    assert torch.equal(moments(under, "sh0")["exp_avg"][:288], learnt[left])
+    assert not moments(under, "sh0")["exp_avg"][288:].any()
+
+
+def test_everything_kept_of_a_row_follows_it(scene):
+    mask = torch.arange(300) % 3 != 0
+    under = trained(scene, mask=mask, hold=Hold(anchor=0.1))
+    mean, home = under.mean, under.home
+    pull = torch.rand(200, generator=generator())
+    refine(under, pull, Growth(percent=10), limit=1000, generator=generator())
+    carried, born = ~under.added, under.added
+    rows = {int(r): i for i, r in enumerate(mask.nonzero()[:, 0])}
+    old = torch.tensor([rows[int(r)] for r in under.parent])
+    for kept, before in ((under.mean, mean), (under.home, home)):
+        for name, value in kept.items():
+            assert torch.equal(value[carried], before[name][old][carried]), name
+            assert torch.equal(value[born], under.parameters[name].detach()[born]), "from its birth"
+    assert born.sum() > 10 and under.nearest.shape == (len(born), 16)
+    assert torch.equal(under.nearest[:, 0].sort().values, torch.arange(len(born))) or born.any()
+    result = under.result()
+    assert result.n == under.n and len(result.extra["label"]) == result.n
+    source = torch.where(under.rows < 0, -1, torch.as_tensor(result.extra["label"]))
+    assert torch.equal(source, under.rows), "a column of the file follows, an added one takes its ancestor's"
+    np.testing.assert_array_equal(result.extra["label"][-int(born.sum()) :], under.parent[born].numpy())
+    outside = (~mask).nonzero()[:, 0]
+    at = torch.isin(under.rows, outside)
+    assert torch.equal(result.means[at], scene.means[outside]) and not under.inside[under.rows[at]].any()
+
+
+def test_two_changes_in_a_row_leave_the_old_before_the_new(scene):
+    under = trained(scene, mask=torch.arange(300) >= 100)
+    for seed in range(4):
+        pull = torch.rand(len(under.parent), generator=generator(seed))
+        refine(under, pull, Growth(percent=30), limit=10_000, generator=generator(seed))
+        old = under.rows[under.rows >= 0]
+        assert (old.diff() > 0).all() and (under.rows[len(old) :] == -1).all()
+        assert not (under.added[:-1] & ~under.added[1:]).any(), "so too among those under edit"
+        drawn = under.gaussians
+        assert torch.equal(drawn.means[under.at], under.parameters["means"])
+        under([0]).rgb.sum().backward()
+        under.step(0.5, 0.1)
+    assert under.n > 500
+
+
+def test_an_edit_may_come_back_from_a_split_to_the_same_number(scene):
+    """One split, one removed: the rows are as many as before, and yet not the same."""
+    under = trained(scene)
+    state = under.state_dict()
+    grown = splats(scene)
+    parent, added = torch.arange(300), torch.arange(300) == 299
+    born = {"means": torch.full((1, 3), 7.0)}
+    grown.load_state_dict({**state, "parent": parent, "added": added, "born": born})
+    assert grown.rows.tolist() == [*range(299), -1] and torch.equal(grown.home["means"][299], born["means"][0])
+
+
+# ---------------------------------------------------------------------------------------------------------- the limit
+@pytest.mark.parametrize("limit", [300, 301, 317, None])
+def test_never_more_than_the_limit(limit, scene, prior):
+    growth = Growth(percent=50, every=4, window=(0, 1), max_gaussians=limit)
+    counts = [(s.gaussians.n, s.rows) for s in run(scene, prior, growth=growth)]
+    most = max(n for n, _ in counts)
+    assert most == (limit or 600), "and it is reached"
+    assert all(rows is None or len(rows) == n for n, rows in counts)
+    assert counts[-1][1] is not None and (counts[-1][1] == -1).any()
+
+
+def test_a_limit_below_what_there_is_is_a_mistake(scene, prior):
+    with pytest.raises(InputError, match="max_gaussians: found 299, but the scene has 300 already"):
+        next(run(scene, prior, growth=Growth(max_gaussians=299)))
+    for growth, message in (
+        (Growth(percent=101), "grow_percent: found 101"),
+        (Growth(every=0), "grow_every: found 0"),
+        (Growth(window=(0.5, 0.2)), r"grow_range: found \[0.5, 0.2\]"),
+        (Growth(prune_opacity=1.0), "prune_opacity: found 1.0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            next(run(scene, prior, growth=growth))
+
+
+# ---------------------------------------------------------------------------------------------------------- in an edit
+def test_without_growth_nothing_is_counted_and_no_row_changes(scene, prior):
+    plain, off = (list(run(scene, prior, steps=6, growth=g)) for g in (Growth(), Growth(0, 1, (0, 1), None, 0.9)))
+    assert all(s.rows is None for s in off) and same(plain[-1].gaussians, off[-1].gaussians)
+    assert not off[-1].state()["seen"].any()
+
+
+def test_rows_change_when_they_should(scene, prior):
+    growth = Growth(percent=10, every=5, window=(0.25, 0.75), prune_opacity=0.0)
+    counts = [s.gaussians.n for s in run(scene, prior, growth=growth)]
+    changes = [i for i, (a, b) in enumerate(zip([300, *counts], counts, strict=False)) if a != b]
+    assert changes == [14, 19, 24, 29] and counts[14] == 330 and counts[19] == 363
+
+
+def test_what_is_counted_is_the_mean_length_of_the_gradient_on_screen(scene):
+    """By `screen_gradients` of each step, of those inside the mask."""
+    mask = torch.arange(300) % 2 == 0
+    under = splats(scene, mask=mask)
+    grower = Grower(Growth(percent=1, every=100, window=(0, 1)), under, 100, generator())
+    pulled, seen = torch.zeros(300), torch.zeros(300, dtype=torch.int64)
+    for index, views in enumerate(([0, 1], [2, 3], [1, 2])):
+        drawn = under(views)
+        grower.watch(index, drawn)
+        (drawn.rgb * torch.linspace(-1, 1, 32)).sum().backward()
+        more = densify.screen_gradients(drawn.meta)
+        pulled, seen = pulled + more[0], seen + more[1]
+        under.step(0.0, 1.0)
+        grower.step(index, drawn)
+    assert torch.equal(grower.pulled, pulled[mask]) and torch.equal(grower.seen, seen[mask])
+    assert pulled.any() and seen.max() == 6
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_edit_that_grows_goes_on_bit_for_bit(masked, scene, prior, tmp_path):
+    mask = torch.arange(300) % 3 != 0 if masked else None
+    growth = Growth(percent=20, every=3, window=(0.1, 0.9), max_gaussians=420)
+    options = {"steps": 16, "average_last": 0.5, "growth": growth, "hold": Hold(anchor=0.05), "mask": mask}
+    whole = [(s, saved(s.state(), tmp_path)) for s in run(scene, prior, **options)]
+    again = list(run(scene, prior, **options))
+    assert all(same(a.gaussians, b.gaussians) for (a, _), b in zip(whole, again, strict=True)), "twice the same"
+    assert whole[-1][0].gaussians.n == 420
+    for cut in (1, 5, 6, 10, 15):  # before, between and right after changes, while averaging
+        rest = list(run(scene, prior, **options, resume=whole[cut - 1][1]))
+        for (one, _), other in zip(whole[cut:], rest, strict=True):
+            assert one.loss == other.loss and same(one.gaussians, other.gaussians)
+            assert (one.rows is None and other.rows is None) or torch.equal(one.rows, other.rows)
+            np.testing.assert_array_equal(one.gaussians.extra["label"], other.gaussians.extra["label"])
+
+
+def test_growing_reaches_what_the_source_cannot_show(cloud):
+    """Thirty large Gaussians have to show what three hundred small ones do; fitted by the pixels, not by a prior."""
+    target = painted(cloud, (0.8, 0.1, 0.1))._replace(sh0=cloud.sh0)
+    coarse = target.select(torch.arange(0, 300, 10))._replace(scales=torch.full((30, 3), math.log(0.4)))
+
+    def fitted(growth):
+        under = splats(coarse, neighbours=0)
+        grower = Grower(growth, under, 120, generator())
+        goal = under([0, 1, 2, 3], target).rgb
+        for index in range(120):
+            drawn = under([0, 1, 2, 3])
+            grower.watch(index, drawn)
+            loss = (drawn.rgb - goal).square().mean()
+            loss.backward()
+            under.step(index / 120, 0.1)
+            grower.step(index, drawn)
+        return under.n, loss.item()
+
+    (fixed, before), (grown, after) = (fitted(Growth(percent=p, every=10, max_gaussians=200)) for p in (0, 50))
+    assert fixed == 30 and 100 < grown <= 200 and after < 0.5 * before, (before, after)

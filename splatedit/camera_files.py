@@ -96,7 +96,7 @@ def inside(folder: Path) -> Path | None:
     for name in ("cameras.json", "transforms.json", "transforms_train.json"):
         if (folder / name).is_file():
             return folder / name
-    for name in ("sparse/0", "sparse", "colmap/sparse/0", "."):
+    for name in ("sparse/0", "sparse", "0", "colmap/sparse/0", "."):
         if _colmap_ending(folder / name) is not None:
             return folder / name
     return None

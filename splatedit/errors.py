@@ -2,7 +2,13 @@
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave: the message is one line that says where, what was found, what was expected."""
+    """A mistake in what the user gave: the message is one line that says where, what was found, what was expected.
+
+    Names and words out of damaged files stand in messages: what a terminal would act on is escaped.
+    """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
 class Lost(InputError):

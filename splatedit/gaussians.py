@@ -27,6 +27,7 @@ class Gaussians(NamedTuple):
     comments: tuple[str, ...] = ()  # header comments, without the word "comment"
     obj_info: tuple[str, ...] = ()  # header obj_info lines, without the word "obj_info"
     elements: dict[str, np.ndarray] = {}  # other elements of the file, structured arrays; read only
+    layout: tuple[str, ...] = ()  # order of the columns in the .ply they came from; () is INRIA's order
 
     @property
     def n(self) -> int:

@@ -74,13 +74,34 @@ def roughness(images: Tensor) -> float:
     return float(images.diff(dim=-1).abs().mean() + images.diff(dim=-2).abs().mean())
 
 
-def changed_share(source: Gaussians, edited: Gaussians, radius: float) -> float:
-    """Share of Gaussians, in [0, 1], that moved, turned another colour, faded or grew by a visible amount."""
+def changed(source: Gaussians, edited: Gaussians, radius: float) -> Tensor:
+    """Which Gaussians, (n,) bool, moved, turned another colour, faded or grew by a visible amount; row by row."""
     moved = (edited.means - source.means).norm(dim=1) > CHANGED["means"] * radius
     color = ((edited.sh0 - source.sh0) * SH_C0).flatten(1).abs().amax(1) > CHANGED["color"]
     faded = (edited.opacities.sigmoid() - source.opacities.sigmoid()).abs() > CHANGED["opacity"]
     grown = (edited.scales - source.scales).abs().amax(1) > CHANGED["scale"]
-    return float((moved | color | faded | grown).float().mean())
+    return moved | color | faded | grown
+
+
+def changed_share(source: Gaussians, edited: Gaussians, radius: float, rows: Tensor | None = None) -> float:
+    """Share of all Gaussians there were or are, in [0, 1], that changed visibly, were added or were removed.
+
+    rows: (m,) int64 source row that each edited one continues, -1 if it was added; None: edited has the source's rows.
+    """
+    if rows is None:
+        return float(changed(source, edited, radius).float().mean())
+    stayed = rows >= 0
+    different = changed(source.select(rows[stayed]), edited.select(stayed), radius)
+    added, removed = count_rows(rows, source.n)
+    return (int(different.sum()) + added + removed) / (source.n + added)
+
+
+def count_rows(rows: Tensor | None, n: int) -> tuple[int, int]:
+    """How many rows were added to the n of the source, and how many removed; rows as in `changed_share`."""
+    if rows is None:
+        return 0, 0
+    added = int((rows < 0).sum())
+    return added, n - (len(rows) - added)
 
 
 @dataclass
@@ -88,7 +109,7 @@ class Report:
     """Did it change? The answer in one word, the numbers behind it, and what to try when the word is not 'changed'."""
 
     verdict: str  # "changed", "unchanged" or "noise"
-    changed_share: float  # of the Gaussians
+    changed_share: float  # of the Gaussians there were or are
     psnr_to_source: float  # dB over the report's views; inf if nothing changed
     roughness: float  # of the edited renders
     roughness_ratio: float  # of the edited renders to the source's
@@ -130,10 +151,12 @@ def change_report(
     *,
     seed: int = 0,
     background: tuple[float, float, float] = WHITE,
+    rows: Tensor | None = None,
 ) -> Report:
     """Compare an edited splat with its source over `cameras` (at the prior's picture size).
 
-    The prior is asked as a diffusion classifier (arXiv 2303.16203) which of the two prompts explains each view better.
+    rows: see `changed_share`. The prior is asked as a diffusion classifier (arXiv 2303.16203) which of the two prompts
+    explains each view better.
     """
     drawable = edited.drawable()
     finite = bool(drawable.all())
@@ -142,7 +165,7 @@ def change_report(
     gaps = [margins(prior, drawn.rgb, prompt, source_prompt, seed) for drawn in (before, after)]
     report = Report(
         verdict="changed",
-        changed_share=changed_share(source, edited, radius),
+        changed_share=changed_share(source, edited, radius, rows),
         psnr_to_source=psnr(before.rgb, after.rgb),
         roughness=rough_after,
         roughness_ratio=rough_after / max(rough_before, 1e-6),

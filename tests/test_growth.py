@@ -14,6 +14,7 @@ from splatedit.cameras import dome, orbit
 from splatedit.editing import edit
 from splatedit.errors import InputError
 from splatedit.growth import SMALL, Grower, Growth, faint, refine, strongest
+from splatedit.metrics import changed_share, count_rows
 from splatedit.render import densify, render
 from splatedit.scenes import Hold, Rates, Splats
 
@@ -253,3 +254,16 @@ def test_growing_reaches_what_the_source_cannot_show(cloud):
 
     (fixed, before), (grown, after) = (fitted(Growth(percent=p, every=10, max_gaussians=200)) for p in (0, 50))
     assert fixed == 30 and 100 < grown <= 200 and after < 0.5 * before, (before, after)
+
+
+# -------------------------------------------------------------------------------------------------------- in the report
+def test_the_share_of_what_changed_counts_what_came_and_went(cloud):
+    rows = torch.tensor([*range(10, 300), -1, -1])  # the first ten are gone, two are new
+    edited = cloud.select(torch.cat([rows[:-2], torch.tensor([0, 1])]))
+    assert changed_share(cloud, edited, 1.0, rows) == pytest.approx(12 / 302)
+    darker = edited._replace(sh0=torch.cat([edited.sh0[:30] - 0.5, edited.sh0[30:]]))
+    assert changed_share(cloud, darker, 1.0, rows) == pytest.approx(42 / 302)
+    assert count_rows(rows, 300) == (2, 10) and count_rows(None, 300) == (0, 0)
+    assert changed_share(cloud, cloud, 1.0, torch.arange(300)) == 0 == changed_share(cloud, cloud, 1.0)
+    everything = torch.full((5,), -1)
+    assert changed_share(cloud, cloud.select(torch.arange(5)), 1.0, everything) == 1

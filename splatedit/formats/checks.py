@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from splatedit.errors import InputError
 from splatedit.gaussians import PARAMETERS, SH_REST, Gaussians
@@ -24,8 +25,8 @@ def check_read(gaussians: Gaussians, path: Path, keys: Mapping[str, str] | None 
         raise InputError(f"{path}: found 0 Gaussians, expected at least 1; the scene is empty.")
     for name in PARAMETERS:
         value = getattr(gaussians, name).reshape(n, -1)
-        bad = ~value.isfinite()
-        if bad.any():
+        if not all_finite(value):
+            bad = ~value.isfinite()
             row, column = (int(i) for i in bad.nonzero()[0])
             raise InputError(
                 f"{path}: {key[name]}, row {row}, component {column}: found {value[row, column].item()}, expected a "
@@ -54,11 +55,20 @@ def check_write(gaussians: Gaussians, path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: shN has {k} coefficients, expected one of {expected}; not written.")
     plain = {name: value.detach().cpu().to(torch.float32) for name, value in gaussians.parameters.items()}
     for name, value in plain.items():
-        bad = ~value.reshape(n, -1).isfinite().all(1)
-        if bad.any():
+        if not all_finite(value):
+            bad = ~value.reshape(n, -1).isfinite().all(1)
             row, count = int(bad.nonzero()[0]), int(bad.sum())
             raise InputError(f"{path}: {name} of Gaussian {row} is not finite ({count} of {n} are); not written.")
+    still = ~plain["quats"].any(1)
+    if still.any():
+        row, count = int(still.nonzero()[0]), int(still.sum())
+        raise InputError(f"{path}: quats of Gaussian {row} is 0 0 0 0, no rotation ({count} of {n} are); not written.")
     return {name: value.numpy() for name, value in plain.items()}
+
+
+def all_finite(value: Tensor) -> bool:
+    """Whether no number is NaN or infinite; minimum and maximum show both, and need no memory of their own."""
+    return not value.numel() or all(end.isfinite() for end in value.aminmax())
 
 
 def unnamed_losses(gaussians: Gaussians) -> list[str]:

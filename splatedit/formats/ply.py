@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from splatedit.errors import InputError
+from splatedit.errors import InputError, LossWarning
+from splatedit.formats.checks import check_write
+from splatedit.formats.compressed_ply import is_compressed, unpack
+from splatedit.formats.ply_file import NAMES as TYPE_NAMES
+from splatedit.formats.ply_file import Element, PlyFile, open_ply, read_rows, table, write_tables
 from splatedit.gaussians import SH_REST, Gaussians
 
 # Which columns make which tensor. f_rest_* is channel-major: all coefficients of red, then green, then blue.
@@ -24,70 +28,98 @@ COLUMNS = {
 }
 NORMALS = ("nx", "ny", "nz")
 
-# What people have instead of a PLY file, by its first bytes.
-MAGIC = {
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself; run `git lfs pull`",
-    b"<": "a web page, perhaps a failed download; download the file again",
-    b"\x1f\x8b": "gzip data; unpack it first",
-    b"PK": "a zip archive; unpack it first",
-    b"ply": "a damaged PLY header",
-}
-
 
 def read_ply(path: Path) -> Gaussians:
-    """Read a PLY splat, ascii or binary of either byte order, columns by name in any order."""
-    ply = _parse_ply(path)
-    vertex = _splat_element(path, ply)
-    columns = [p.name for p in vertex.properties]
-    rest = _rest_columns(path, columns)
-    wanted = {**COLUMNS, "shN": rest}
-    for names in wanted.values():
-        for name in names:
-            _check_column(path, vertex, name)
-    n = len(vertex.data)
-    if n == 0:
+    """Read a PLY splat, plain or compressed, ascii or binary of either byte order, columns by name in any order.
+
+    Raises InputError with element, property and row. Doubles become float32, with a LossWarning if that changes them.
+    """
+    ply = open_ply(path)
+    if is_compressed(ply):
+        return unpack(ply)
+    vertex = _splat_element(ply)
+    wanted = {**COLUMNS, "shN": _rest_columns(path, vertex)}
+    for name in (name for names in wanted.values() for name in names):
+        _check_column(path, vertex, name)
+    if vertex.count == 0:
         raise InputError(f"{path}: element 'vertex' holds 0 Gaussians, expected at least 1; the scene is empty.")
-    values = {key: _stack(vertex.data, names) for key, names in wanted.items()}
-    _check_finite(path, values, wanted)
-    used = {name for names in wanted.values() for name in names}
-    extra = {name: _native(vertex.data[name]) for name in columns if name not in used}
+    values, extra = _read_columns(ply, vertex, wanted)
     if all(name in extra and extra[name].dtype == np.float32 for name in NORMALS):
         if not any(extra[name].view(np.uint32).any() for name in NORMALS):
             extra = {name: column for name, column in extra.items() if name not in NORMALS}
-    shN = values["shN"].reshape(n, 3, -1).transpose(0, 2, 1)
     return Gaussians(
         means=torch.from_numpy(values["means"]),
         quats=torch.from_numpy(values["quats"]),
         scales=torch.from_numpy(values["scales"]),
-        opacities=torch.from_numpy(values["opacities"][:, 0].copy()),
+        opacities=torch.from_numpy(values["opacities"][:, 0]),
         sh0=torch.from_numpy(values["sh0"][:, None]),
-        shN=torch.from_numpy(np.ascontiguousarray(shN)),
+        shN=torch.from_numpy(values["shN"].reshape(vertex.count, -1, 3)),
         extra=extra,
-        comments=tuple(ply.comments) + tuple(c for element in ply for c in element.comments),
-        obj_info=tuple(ply.obj_info),
-        elements={e.name: _native(e.data) for e in ply if e.name != "vertex" and not e.data.dtype.hasobject},
+        comments=ply.comments,
+        obj_info=ply.obj_info,
+        elements={e.name: table(ply, e.name) for e in ply.elements.values() if e.name != "vertex" and not e.lists},
+        layout=tuple(vertex.columns),
     )
+
+
+def _read_columns(ply: PlyFile, vertex: Element, wanted: dict[str, tuple[str, ...]]) -> tuple[dict, dict]:
+    """The parameters as (n, columns) float32 by name, and the other columns; all rows checked on the way."""
+    n = vertex.count
+    used = {name for names in wanted.values() for name in names}
+    values = {key: np.empty((n, len(names)), np.float32) for key, names in wanted.items()}
+    extra = {name: np.empty(n, vertex.columns[name]) for name in vertex.columns if name not in used}
+    # In the file all coefficients of red come first, in the tensor all colours of the first coefficient.
+    order = {**wanted, "shN": [name for triple in zip(*_thirds(wanted["shN"]), strict=True) for name in triple]}
+    doubles = [name for name in used if vertex.columns[name] == "f8"]
+    unsound, rounded = [], []  # filled by several threads; any entry means yes
+
+    def take(first: int, block: np.ndarray) -> None:
+        rows = slice(first, first + len(block))
+        with np.errstate(over="ignore"):  # a double beyond float32 becomes Inf and is reported as such
+            for key, names in order.items():
+                part = values[key][rows]
+                for i, name in enumerate(names):
+                    part[:, i] = block[name]
+                if not _sound(key, part):
+                    unsound.append(key)
+            if not rounded and any((block[name].astype(np.float32) != block[name]).any() for name in doubles):
+                rounded.append(first)
+        for name, column in extra.items():
+            column[rows] = block[name]
+
+    read_rows(ply, "vertex", take)
+    if unsound:
+        raise _unsound(ply.path, values, order)
+    if rounded:
+        text = f"{ply.path}: double columns ({', '.join(sorted(doubles)[:3])} ...) are rounded to float32."
+        warnings.warn(text, LossWarning, stacklevel=2)
+    return values, extra
+
+
+def _thirds(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    k = len(names) // 3
+    return [names[:k], names[k : 2 * k], names[2 * k :]]
+
+
+def _sound(key: str, part: np.ndarray) -> bool:
+    """Whether all numbers are finite and, of quaternions, none is 0; extremes show NaN and cost no memory."""
+    if not part.size:
+        return True
+    bits = part.view(np.uint32)
+    zero = key == "quats" and not ((bits[:, 0] | bits[:, 1] | bits[:, 2] | bits[:, 3]) << 1).all()
+    return bool(np.isfinite(part.min()) and np.isfinite(part.max())) and not zero
 
 
 def write_ply(gaussians: Gaussians, stream: IO[bytes], path: Path) -> None:
-    """Write little-endian binary PLY to a stream; `path` is only named in errors."""
-    from plyfile import PlyData, PlyElement
+    """Write little-endian binary PLY to a stream; `path` is only named in errors.
 
+    Columns come in the order of `layout`, which is that of the file they were read from, else in INRIA's with normals
+    of zero, because several viewers count on them. Read and written again, a plain binary little-endian file of
+    float32 parameters is the same byte for byte.
+    """
     columns = _columns_out(gaussians, path)
-    table = np.empty(gaussians.n, [(name, column.dtype) for name, column in columns.items()])
-    for name, column in columns.items():
-        table[name] = column
-    others = [PlyElement.describe(data, name) for name, data in gaussians.elements.items()]
-    ply = PlyData(
-        [PlyElement.describe(table, "vertex"), *others],
-        byte_order="<",
-        comments=[_header_text(c) for c in gaussians.comments],
-        obj_info=[_header_text(c) for c in gaussians.obj_info],
-    )
-    # plyfile's own write goes through a memoryview, which numpy refuses for a column with ":" in its name.
-    stream.write(ply.header.encode("ascii") + b"\n")
-    for element in ply.elements:
-        stream.write(element.data.astype(element.dtype("<"), copy=False).tobytes())
+    others = {name: {key: data[key] for key in data.dtype.names or ()} for name, data in gaussians.elements.items()}
+    write_tables(stream, {"vertex": columns, **others}, gaussians.comments, gaussians.obj_info)
 
 
 def ply_losses(gaussians: Gaussians) -> list[str]:
@@ -95,69 +127,31 @@ def ply_losses(gaussians: Gaussians) -> list[str]:
     return []
 
 
-def _parse_ply(path: Path):
-    """plyfile's view of the file, its errors turned into one line."""
-    from plyfile import PlyData, PlyElementParseError, PlyHeaderParseError
-
-    with open(path, "rb") as stream:
-        start = stream.read(32)
-    if start[:4] not in (b"ply\n", b"ply\r"):
-        what = next((text for magic, text in MAGIC.items() if start.lstrip().startswith(magic)), None)
-        what = what or (f"a file that starts with {start[:12]!r}" if start else "an empty file")
-        raise InputError(f"{path}: not a PLY file: found {what}.")
-    try:
-        return PlyData.read(path)
-    except PlyElementParseError as error:
-        where = f"element {error.element.name!r}, row {error.row}"  # pyright: ignore[reportOptionalMemberAccess]
-        if error.prop is not None:
-            where += f", property {error.prop.name!r}"
-        count = error.element.count  # pyright: ignore[reportOptionalMemberAccess]
-        advice = "the file is cut short; copy or download it again" if "end-of-file" in error.message else "repair it"
-        raise InputError(f"{path}: {where}: {error.message}, expected {count} complete rows; {advice}.") from error
-    except PlyHeaderParseError as error:
-        raise InputError(f"{path}: damaged PLY header, line {error.line}: {error.message}.") from error
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start : error.start + 1]
-        raise InputError(f"{path}: the PLY text holds the byte {byte!r}, expected plain ASCII; remove it.") from error
-    except (ValueError, MemoryError, OverflowError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: damaged PLY file ({text}).") from error
-
-
-def _splat_element(path: Path, ply) -> Any:
+def _splat_element(ply: PlyFile) -> Element:
     """The vertex element, if this is a splat; else an InputError that says what it is."""
-    from plyfile import PlyListProperty
-
-    names = [element.name for element in ply]
-    if "vertex" not in ply:
-        raise InputError(f"{path}: no element 'vertex', found {_list(names) or 'no element'}; this is not a splat.")
-    vertex = ply["vertex"]
-    columns = {p.name for p in vertex.properties}
-    if "packed_position" in columns:
-        target = path.name.replace(".compressed", "").removesuffix(".ply") + "-plain.ply"
-        advice = f"unpack it, e.g. `splat-transform {path.name} {target}`"
-        raise InputError(f"{path}: found a compressed PLY, which is not read yet, expected a plain one; {advice}.")
-    if not columns & {"opacity", "scale_0", "rot_0", "f_dc_0"}:
-        kind = (
-            f"a mesh ({len(vertex)} vertices, {len(ply['face'])} faces)"
-            if "face" in ply and len(ply["face"])
-            else (f"a point cloud ({len(vertex)} points)")
-        )
-        found = " ".join(p.name for p in vertex.properties)
+    path = ply.path
+    if "vertex" not in ply.elements:
+        found = ", ".join(ply.elements) or "no element"
+        raise InputError(f"{path}: no element 'vertex', found {found}; this is not a splat.")
+    vertex = ply.elements["vertex"]
+    names = set(vertex.columns)
+    if not names & {"opacity", "scale_0", "rot_0", "f_dc_0"}:
+        faces = ply.elements["face"].count if "face" in ply.elements else 0
+        kind = f"a mesh ({vertex.count} vertices, {faces} faces)" if faces else f"a point cloud ({vertex.count} points)"
+        found = " ".join([*vertex.columns, *vertex.lists])
         raise InputError(
             f"{path}: this is {kind}, not a splat: element 'vertex' has {found or 'no property'}, but no opacity, "
             f"scale_*, rot_*, f_dc_*; {_trained_splat(path)}."
         )
-    if "scale_2" not in columns and {"scale_0", "scale_1"} <= columns:
+    if "scale_2" not in names and {"scale_0", "scale_1"} <= names:
         raise InputError(
             f"{path}: element 'vertex' has scale_0 and scale_1 but no scale_2: a 2D Gaussian (surfel) scene; "
             "expected a 3D Gaussian scene, train or export one."
         )
-    for element in ply:
-        lists = [p.name for p in element.properties if isinstance(p, PlyListProperty)]
-        if lists and (len(element) or element.name == "vertex"):
+    for element in ply.elements.values():
+        if element.lists and (element.count or element is vertex):
             raise InputError(
-                f"{path}: element {element.name!r} has the list property {lists[0]!r}, which cannot be kept; "
+                f"{path}: element {element.name!r} has the list property {element.lists[0]!r}, which cannot be kept; "
                 "remove it from the file first."
             )
     return vertex
@@ -171,9 +165,9 @@ def _trained_splat(path: Path) -> str:
     return "train a splat from it, or give the trained one, e.g. <model>/point_cloud/iteration_30000/point_cloud.ply"
 
 
-def _rest_columns(path: Path, columns: list[str]) -> tuple[str, ...]:
+def _rest_columns(path: Path, vertex: Element) -> tuple[str, ...]:
     """f_rest_0 ... in numeric order, checked to make a whole SH degree."""
-    count = sum(name.startswith("f_rest_") for name in columns)
+    count = sum(name.startswith("f_rest_") for name in vertex.columns)
     sizes = [3 * k for k in SH_REST.values()]
     if count not in sizes:
         expected = ", ".join(map(str, sizes))
@@ -184,91 +178,72 @@ def _rest_columns(path: Path, columns: list[str]) -> tuple[str, ...]:
     return tuple(f"f_rest_{i}" for i in range(count))
 
 
-def _check_column(path: Path, vertex, name: str) -> None:
-    if name not in vertex:
-        near = difflib.get_close_matches(name, [p.name for p in vertex.properties], 1, 0.7)
+def _check_column(path: Path, vertex: Element, name: str) -> None:
+    if name not in vertex.columns:
+        near = difflib.get_close_matches(name, list(vertex.columns), 1, 0.7)
         hint = f" (there is {near[0]!r})" if near and near[0] not in {n for c in COLUMNS.values() for n in c} else ""
         raise InputError(f"{path}: element 'vertex' has no property {name!r}{hint}; a splat needs it, export it again.")
-    if vertex.data[name].dtype.kind != "f":
-        where = f"{path}: element 'vertex', property {name!r}"
-        found = str(vertex.ply_property(name)).split()[1]
-        raise InputError(f"{where}: found the type {found}, expected float or double; export it again.")
+    if vertex.columns[name][0] != "f":
+        found = TYPE_NAMES[vertex.columns[name]]
+        raise InputError(
+            f"{path}: element 'vertex', property {name!r}: found the type {found}, expected float or double; "
+            "export it again."
+        )
 
 
-def _stack(data: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
-    """Columns by name as one (n, len(names)) float32 array."""
-    out = np.empty((len(data), len(names)), np.float32)
-    with np.errstate(over="ignore"):  # a double beyond float32 becomes Inf and is reported as such
-        for i, name in enumerate(names):
-            out[:, i] = data[name]
-    return out
-
-
-def _native(column: np.ndarray) -> np.ndarray:
-    """A copy in this machine's byte order, free of the mapped file."""
-    return np.array(column, dtype=column.dtype.newbyteorder("="))
-
-
-def _check_finite(path: Path, values: dict[str, np.ndarray], names: dict[str, tuple[str, ...]]) -> None:
-    """Raise InputError at the first row that holds NaN or Inf, or a quaternion of length 0."""
+def _unsound(path: Path, values: dict[str, np.ndarray], names: dict[str, Sequence[str]]) -> InputError:
+    """The first row that holds NaN or Inf, or a quaternion of length 0."""
     bad = {key: ~np.isfinite(array) for key, array in values.items()}
     rows = np.stack([mask.any(1) for mask in bad.values()]).any(0)
     n = len(values["means"])
-    advice = f"remove such Gaussians first, e.g. `splat-transform {path.name} --filter-nan clean.ply`"
     if rows.any():
         row = int(rows.argmax())
         key = next(key for key, mask in bad.items() if mask[row].any())
         column = int(bad[key][row].argmax())
-        raise InputError(
+        return InputError(
             f"{path}: element 'vertex', property {names[key][column]!r}, row {row}: found {values[key][row, column]}, "
-            f"expected a finite float32 ({rows.sum()} of {n} rows are affected); {advice}."
+            f"expected a finite float32 ({rows.sum()} of {n} rows are affected); remove such Gaussians first, "
+            f"e.g. `splat-transform {path.name} --filter-nan clean.ply`."
         )
     still = ~values["quats"].any(1)
-    if still.any():
-        raise InputError(
-            f"{path}: element 'vertex', properties rot_0 to rot_3, row {int(still.argmax())}: found 0 0 0 0, expected "
-            f"a quaternion ({still.sum()} of {n} rows are affected); remove such Gaussians first."
-        )
+    return InputError(
+        f"{path}: element 'vertex', properties rot_0 to rot_3, row {int(still.argmax())}: found 0 0 0 0, expected "
+        f"a quaternion ({still.sum()} of {n} rows are affected); remove such Gaussians first."
+    )
 
 
 def _columns_out(gaussians: Gaussians, path: Path) -> dict[str, np.ndarray]:
     """All columns by name in the order they are written; raises InputError for what no PLY can hold."""
-    n, k = gaussians.n, gaussians.shN.shape[1] if gaussians.shN.ndim == 3 else -1
-    shapes = {"means": (n, 3), "quats": (n, 4), "scales": (n, 3), "opacities": (n,), "sh0": (n, 1, 3), "shN": (n, k, 3)}
-    for name, value in gaussians.parameters.items():
-        if tuple(value.shape) != shapes[name]:
-            raise InputError(f"{path}: {name} has shape {tuple(value.shape)}, expected {shapes[name]}; not written.")
-    if n == 0:
-        raise InputError(f"{path}: the scene holds 0 Gaussians; nothing is written.")
-    if k not in SH_REST.values():
-        raise InputError(f"{path}: shN has {k} coefficients, expected one of {_list(SH_REST.values())}; not written.")
-    flat = {name: _rows(value) for name, value in gaussians.parameters.items() if name != "shN"}
-    flat["shN"] = _rows(gaussians.shN.transpose(1, 2))
-    for name, array in flat.items():
-        rows = ~np.isfinite(array).all(1)
-        if rows.any():
-            row = int(rows.argmax())
-            raise InputError(f"{path}: {name} of Gaussian {row} is not finite ({rows.sum()} of {n} are); not written.")
+    values = check_write(gaussians, path)
+    n = gaussians.n
+    columns = {name: values[key].reshape(n, -1)[:, i] for key, names in COLUMNS.items() for i, name in enumerate(names)}
+    shN = values["shN"].transpose(0, 2, 1)
+    k = shN.shape[2]
+    columns |= {f"f_rest_{i}": shN[:, i // k, i % k] for i in range(3 * k)}
     extra = _extra_out(gaussians, path)
-    normals = {name: extra.pop(name) for name in NORMALS if name in extra} or dict.fromkeys(
-        NORMALS, np.zeros(n, np.float32)
-    )
-    rest = {f"f_rest_{i}": column for i, column in enumerate(flat["shN"].T)}
-    block = {key: dict(zip(names, flat[key].T, strict=True)) for key, names in COLUMNS.items()}
-    return {
-        **block["means"],
-        **normals,
-        **block["sh0"],
-        **rest,
-        **block["opacities"],
-        **block["scales"],
-        **block["quats"],
-        **extra,
-    }
+    columns |= dict.fromkeys((name for name in NORMALS if name not in extra), np.broadcast_to(np.float32(0), n))
+    columns |= extra
+    return {name: columns[name] for name in _order_out(gaussians, extra)}
 
 
-def _rows(value: Tensor) -> np.ndarray:
-    return value.detach().cpu().float().reshape(len(value), -1).numpy()
+def _order_out(gaussians: Gaussians, extra: dict[str, np.ndarray]) -> list[str]:
+    """The names of the columns in the order they are written."""
+    rest = [f"f_rest_{i}" for i in range(3 * gaussians.shN.shape[1])]
+    block = {key: list(names) for key, names in COLUMNS.items()}
+    normals = list(NORMALS) if not set(NORMALS) & set(extra) else [name for name in NORMALS if name in extra]
+    usual = [*block["means"], *normals, *block["sh0"], *rest]
+    usual += [*block["opacities"], *block["scales"], *block["quats"]]
+    usual += [name for name in extra if name not in NORMALS]
+    if not gaussians.layout:
+        return usual
+    layout = list(gaussians.layout)
+    if sorted(rest) != sorted(name for name in layout if name.startswith("f_rest_")):  # another degree by now
+        first = next((i for i, name in enumerate(layout) if name.startswith("f_rest_")), None)
+        first = layout.index("f_dc_2") + 1 if first is None and "f_dc_2" in layout else first or 0
+        layout[first:first] = rest
+    written = set(usual) | (set(NORMALS) - set(extra))
+    known = dict.fromkeys(name for name in layout if name in written)
+    return [*known, *(name for name in usual if name not in known and (name not in NORMALS or name in extra))]
 
 
 def _extra_out(gaussians: Gaussians, path: Path) -> dict[str, np.ndarray]:
@@ -290,12 +265,3 @@ def _extra_out(gaussians: Gaussians, path: Path) -> dict[str, np.ndarray]:
         if column.dtype == np.float16:
             raise InputError(f"{where} is float16, which PLY cannot hold; use float32.")
     return extra
-
-
-def _header_text(text: str) -> str:
-    """One line of plain ASCII, as a PLY header demands; anything else is escaped, not lost."""
-    return " ".join(text.splitlines()).encode("ascii", "backslashreplace").decode()
-
-
-def _list(words: Iterable[Any]) -> str:
-    return ", ".join(map(str, words))

@@ -73,7 +73,10 @@ def read_cameras(path: str | Path) -> CameraFile:
                 )
             path = found
         if not path.exists():
-            raise InputError(f"{path}: no such file; expected cameras, or a rig such as dome:48.")
+            raise InputError(
+                f"cameras: {str(path)!r}: no such file, and not a rig; "
+                "choose orbit, dome, dome:48 or a file of cameras."
+            )
         if path.is_dir():
             return read_colmap(path)
         if path.suffix.lower() in (".bin", ".txt"):
@@ -161,20 +164,20 @@ def read_nerfstudio(path: Path, content: dict[str, Any]) -> CameraFile:
     Lens keys stand at the top or in a frame, whose own win. A frame whose picture is not there is left out and counted
     if other pictures are there: nerfstudio did not train on it either. Without any picture all frames are taken.
     """
-    listed = _list(content["frames"], f"{path}: frames")
-    views, there = [], []
-    for index, frame in enumerate(listed):
+    named = []
+    for index, frame in enumerate(_list(content["frames"], f"{path}: frames")):
         where = f"{path}: frame {index}"
         frame = _mapping(frame, where)
         name = _name(frame, "file_path", where, str(index))
-        where = f"{where} ({name})"
+        named.append((f"{where} ({name})", name, frame, _picture(path.parent, name)))
+    there = sum(picture is not None for *_, picture in named)
+    missing, views = len(named) - there if there else 0, []
+    for where, name, frame, picture in named:
+        if missing and picture is None:
+            continue  # whatever else it lacks
         matrix = _matrix(_key(frame, "transform_matrix", where), (4, 4), f"{where}: transform_matrix", (3, 4))
-        picture = _picture(path.parent, name)
         lens = _nerfstudio_lens({**content, **frame}, where, picture)
         views.append(View(name, w2c_of(matrix @ FLIP, f"{where}: transform_matrix"), lens, picture))
-        there.append(picture is not None)
-    missing = there.count(False) if any(there) else 0
-    views = [view for view, found in zip(views, there, strict=True) if found or not missing]
     applied = content.get("applied_transform")
     if applied is not None:
         applied = _matrix(applied, (4, 4), f"{path}: applied_transform", (3, 4))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from splatedit.cameras import RIGS, Bounds, Cameras, bounds
+from splatedit.captures import load_capture
 from splatedit.distilling import Distiller, Method
 from splatedit.errors import InputError, Lost
 from splatedit.fpr import FPR
@@ -104,11 +105,12 @@ def edit(
     prompt, source: what the scene shall show and what it shows now; without `source` the prior looks for it (see
     `priors.find_prompt`). model: "pocket", a hub id, a folder, or a Prior. guidance: a key of `guidance.GUIDANCE`;
     guidance_scale: classifier-free guidance, 1 is off, None the prior's default. cameras: a rig by name with `views`
-    cameras, or Cameras of the prior's picture size. t_range: fractions of the noise schedule; timesteps: how they are
-    drawn, a key of `timesteps.TIMESTEPS`, None what the guidance's paper does; anneal: how far the upper end falls by
-    the last step (0 keeps it, 1 brings it down to the lower end). tuning: of single guidances. solver, a
-    key of `fpr.SOLVERS`, and fpr_*: of ids, see `fpr.fpr`. source_cache: records of the source kept for
-    each camera, one for each of as many equal parts of t_range, so that a step evaluates the edit alone; 0 is off.
+    cameras, a file or folder of cameras (at most `views` of them, see `captures`), or Cameras of the prior's picture
+    size. t_range: fractions of the noise schedule; timesteps: how they are drawn, a key of `timesteps.TIMESTEPS`, None
+    what the guidance's paper does; anneal: how far the upper end falls by the last step (0 keeps it, 1 brings it down
+    to the lower end). tuning: of single guidances. solver, a key of `fpr.SOLVERS`, and fpr_*: of ids, see `fpr.fpr`.
+    source_cache: records of the source kept for each camera, one for each of as many equal parts of t_range, so that a
+    step evaluates the edit alone; 0 is off.
     cache_*: see `source_cache.SourceCache`. rates fall to `final_rate` of themselves; the last `average_last` of the
     steps are averaged into the result. mask: (n,) bool, which Gaussians may change; the others come back bit for bit.
     hold: what keeps these near the source as well; growth: whether Gaussians are added and removed (`Step.rows` then
@@ -263,11 +265,12 @@ def camera_numbers(cameras: Cameras, extent: Bounds) -> Tensor:
 
 
 def rig_for(gaussians: Gaussians, cameras: Cameras | str, views: int, size: int, up: str | None) -> Cameras:
-    """The cameras of an edit: a rig by name, or the given ones, checked against the prior's picture size."""
+    """The cameras of an edit: a rig by name, those of a file, or the given ones, of the prior's picture size."""
     if isinstance(cameras, str):
-        if cameras not in RIGS:
-            raise InputError(f"cameras: {cameras!r} is not a rig; choose one of {', '.join(RIGS)}.")
-        return RIGS[cameras](gaussians, views, size=size, up=up)
+        if cameras in RIGS:
+            return RIGS[cameras](gaussians, views, size=size, up=up)
+        capture = load_capture(cameras, gaussians, most=views)
+        return capture.square(capture.edit, size)
     if (cameras.width, cameras.height) != (size, size):
         found = f"{cameras.width}x{cameras.height}"
         raise InputError(f"cameras: pictures of {found}, but the prior wants {size}x{size}; use cameras.resized.")

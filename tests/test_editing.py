@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from mixtures import OneGaussian, Seen
 
+from splatedit.camera_files import save_cameras
 from splatedit.cameras import dome, orbit
 from splatedit.diffusion import MixtureDenoiser
 from splatedit.editing import drift, edit, rig_for, view_order
@@ -223,6 +224,16 @@ def test_every_view_has_its_turn_before_any_comes_back():
 def test_rig_by_name_has_the_prior_s_picture_size(red):
     rig = rig_for(red, "orbit", 5, 48, "+y")
     assert (rig.n, rig.width, rig.height) == (5, 48, 48)
+
+
+def test_cameras_of_a_file_have_the_prior_s_picture_size_too(red, tmp_path):
+    cameras = orbit(red, 12, size=(64, 48))
+    save_cameras(cameras, tmp_path / "transforms.json")
+    rig = rig_for(red, str(tmp_path), 5, 48, "+y")
+    assert (rig.n, rig.width, rig.height) == (5, 48, 48)
+    torch.testing.assert_close(rig.w2c[0], cameras.w2c[1], atol=2e-6, rtol=0)  # the first is held out
+    with pytest.raises(InputError, match="'dom': no such file, and not a rig; choose orbit, dome, dome:48 or a file"):
+        rig_for(red, "dom", 5, 48, None)
 
 
 def test_drift_is_relative_to_the_latents():

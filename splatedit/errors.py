@@ -1,13 +1,18 @@
 """The one exception a user's mistake raises, and the warning that something is lost."""
 
+LONGEST = 1600  # characters of a message
+
 
 class InputError(ValueError):
     """A mistake in what the user gave: the message is one line that says where, what was found, what was expected.
 
-    Names and words out of damaged files stand in messages: what a terminal would act on is escaped.
+    Names and words out of damaged files stand in messages: what a terminal would act on is escaped, and what is too
+    long to read is cut in its middle.
     """
 
     def __init__(self, message: str):
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST // 2]} [...] {message[-LONGEST // 2 :]}"
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 

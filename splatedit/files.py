@@ -103,7 +103,7 @@ def sidecar(path: str | Path) -> Sidecar:
         return Sidecar()
     try:
         content = yaml.safe_load(beside.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise InputError(f"{beside}: not readable as yaml ({' '.join(str(error).split())}).") from error
     if content is None:
         return Sidecar()

@@ -79,6 +79,11 @@ def make_lens(where: str, model: str, width: int, height: int, values: Mapping[s
                 f"{where}: focal length {focal:.6g} of a picture {size} pixels across, "
                 "expected 0.01 to 10000 times the larger edge."
             )
+    for key in ("cx", "cy"):
+        if not abs(values[key]) <= 100 * max(width, height):
+            raise InputError(
+                f"{where}: {key} is {values[key]:.6g}, expected the middle of the picture, {width}x{height}, or near it."
+            )
     k = tuple(values.get(name, 0.0) for name in names)
     if kind != "fisheye" and not any(k):
         kind, k = "pinhole", ()

@@ -82,7 +82,7 @@ def make_lens(where: str, model: str, width: int, height: int, values: Mapping[s
     for key in ("cx", "cy"):
         if not abs(values[key]) <= 100 * max(width, height):
             raise InputError(
-                f"{where}: {key} is {values[key]:.6g}, expected the middle of the picture, {width}x{height}, or near it."
+                f"{where}: {key} is {values[key]:.6g}, expected the middle of the {width}x{height} pixels, or near it."
             )
     k = tuple(values.get(name, 0.0) for name in names)
     if kind != "fisheye" and not any(k):

@@ -132,7 +132,7 @@ def edit(
     drawing = {"background": background, "supersample": supersample}
     scene = Splats(gaussians, rig, extent.radius, rates, mask=mask, hold=hold, neighbours=neighbours, **drawing)
     generator = torch.Generator(place).manual_seed(seed)
-    grower = Grower(growth, scene, steps, generator)
+    grower = Grower(growth, scene, steps)
     images, latents = source_views(scene, prior)
     if source is None:
         source, _ = find_prompt(prior, latents, generator)

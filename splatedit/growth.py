@@ -12,8 +12,6 @@ from splatedit.render import Rendering, densify
 from splatedit.render.densify import Rows
 from splatedit.scenes import Splats
 
-SMALL = 0.01  # of the scene's radius: a smaller Gaussian is doubled, a larger one split (gsplat's grow_scale3d)
-
 
 class Growth(NamedTuple):
     """When Gaussians are added and removed; by default never."""
@@ -50,15 +48,17 @@ class Growth(NamedTuple):
 class Grower:
     """Changes the rows of a scene under edit: those inside its mask, by the gradients of their places on screen.
 
-    As in 3DGS (arXiv 2308.04079) and gsplat's DefaultStrategy, whose changes of rows these are, the gradient's length
-    is averaged over the cameras that see a Gaussian. But the threshold is a percentile: a score's gradient has no unit
-    for which one could be known (GaussianEditor's max_densify_percent, arXiv 2311.14521). One code for all backends.
-    Nothing happens while `growth.percent` is 0. Raises InputError for a mistake in `growth`.
+    As in 3DGS (arXiv 2308.04079) and gsplat's DefaultStrategy the gradient's length is averaged over the cameras that
+    see a Gaussian, and what is fainter than a threshold goes. Two things differ. The threshold of the gradient is a
+    percentile: a score's gradient has no unit for which one could be known (GaussianEditor's max_densify_percent, arXiv
+    2311.14521). And the chosen are halved (`densify.halve`), neither doubled nor split at random, which would leave a
+    picture that no prior of few pixels repairs. One code for all backends. Nothing happens while `growth.percent` is 0.
+    Raises InputError for a mistake in `growth`.
     """
 
-    def __init__(self, growth: Growth, scene: Splats, steps: int, generator: torch.Generator):
+    def __init__(self, growth: Growth, scene: Splats, steps: int):
         growth.check()
-        self.growth, self.scene, self.generator = growth, scene, generator
+        self.growth, self.scene = growth, scene
         self.limit = growth.limit(scene.source.n)
         self.begin, self.end = (round(share * steps) if growth.percent else 0 for share in growth.window)
         self.forget()
@@ -82,7 +82,7 @@ class Grower:
         self.pulled += pulled if at is None else pulled[at]
         self.seen += seen if at is None else seen[at]
         if (index + 1 - self.begin) % self.growth.every == 0:
-            refine(self.scene, self.pulled / self.seen.clamp(min=1), self.growth, self.limit, self.generator)
+            refine(self.scene, self.pulled / self.seen.clamp(min=1), self.growth, self.limit)
             self.forget()
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,19 +97,16 @@ class Grower:
 
 
 @torch.no_grad()
-def refine(scene: Splats, pull: Tensor, growth: Growth, limit: int, generator: torch.Generator) -> None:
-    """Remove the faint, then double or split `growth.percent` of the others, those of the highest `pull` (k,).
+def refine(scene: Splats, pull: Tensor, growth: Growth, limit: int) -> None:
+    """Remove the faint, then halve `growth.percent` of the others, those of the highest `pull` (k,).
 
     The scene never has more than `limit` Gaussians.
     """
-    rows = densify.prune(scene.parameters, scene.optimizer, faint(scene.parameters["opacities"], growth.prune_opacity))
-    room = limit - (scene.n - len(pull) + len(rows.source))
-    chosen = strongest(pull[rows.source], growth.percent, room)
-    large = chosen & (scene.parameters["scales"].detach().amax(1).exp() > SMALL * scene.radius)
-    rows = then(rows, densify.duplicate(scene.parameters, scene.optimizer, chosen & ~large))
-    large = torch.cat([large, large.new_zeros(len(rows.source) - len(large))])  # a copy is not split
-    rows = then(rows, densify.split(scene.parameters, scene.optimizer, large, generator))
-    scene.follow(rows)
+    gone = faint(scene.parameters["opacities"], growth.prune_opacity)
+    pruned = densify.prune(scene.parameters, scene.optimizer, gone)
+    chosen = strongest(pull[pruned.source], growth.percent, limit - scene.n + int(gone.sum()))
+    halved = densify.halve(scene.parameters, scene.optimizer, chosen)
+    scene.follow(Rows(pruned.source[halved.source], halved.fresh))
 
 
 def faint(opacities: Tensor, threshold: float) -> Tensor:
@@ -126,8 +123,3 @@ def strongest(pull: Tensor, percent: float, room: int) -> Tensor:
     chosen = torch.zeros_like(pull, dtype=torch.bool)
     chosen[pull.argsort(descending=True, stable=True)[:count]] = True
     return chosen & (pull > 0)
-
-
-def then(first: Rows, second: Rows) -> Rows:
-    """One change of rows after another, as one."""
-    return Rows(first.source[second.source], first.fresh[second.source] | second.fresh)

@@ -231,6 +231,41 @@ def test_split_keeps_alpha_on_request():
     assert (solid["opacities"] > 15).all() and torch.isfinite(solid["opacities"]).all()
 
 
+def test_halves_look_as_the_whole_did():
+    """Where they are is known; the picture is far nearer to what it was than after `split`."""
+    parameters, optimizer = trained(6)
+    before = {k: p.detach().clone() for k, p in parameters.items()}
+    chosen = mask(6, 3)
+    rows = densify.halve(parameters, optimizer, chosen)
+    old, new = chosen.nonzero()[:, 0].repeat(2), slice(int((~chosen).sum()), None)
+    assert torch.equal(rows.source, torch.cat([(~chosen).nonzero()[:, 0], old])) and rows.fresh[new].all()
+    for i, k in enumerate(old):
+        scales = before["scales"][k]
+        axis, longest = rotation(before["quats"][k])[:, scales.argmax()], scales.max().exp()
+        way = parameters["means"].detach()[new][i] - before["means"][k]
+        torch.testing.assert_close(way, (1 if 2 * i < len(old) else -1) * 0.5 * longest * axis, rtol=1e-4, atol=1e-6)
+        ratio = (parameters["scales"].detach()[new][i] - scales).exp()
+        assert sorted(ratio.tolist()) == pytest.approx([0.7, 1, 1], rel=1e-5)
+    half = parameters["opacities"].detach()[new].sigmoid()
+    torch.testing.assert_close(1 - (1 - half) ** 2, before["opacities"][old].sigmoid())
+
+    scene = cloud(7, 300, views=2, width=64, height=64, sh_degree=0, size=0.1)
+    raw = {"means": scene["means"], "quats": scene["quats"]}
+    raw |= {"scales": scene["scales"].log(), "opacities": scene["opacities"].logit(), "colors": scene["colors"]}
+    pictures = []
+    for change in (
+        lambda p: None,
+        lambda p: densify.halve(p, [], mask(300, 3)),
+        lambda p: densify.split(p, [], mask(300, 3), generator()),
+    ):
+        now = {k: v.clone() for k, v in raw.items()}
+        change(now)
+        shown = {**scene, **now, "scales": now["scales"].exp(), "opacities": now["opacities"].sigmoid()}
+        pictures.append(rasterization(**shown)[0])
+    halved, divided = (float(-10 * (p - pictures[0]).square().mean().log10()) for p in pictures[1:])
+    assert halved > divided + 8 and halved > 35, (halved, divided)
+
+
 def test_an_edit_may_grow_where_it_looks_and_nowhere_else():
     """The recipe of docs/renderer.md: the best pulled tenth inside a mask, at most so many, all else bit for bit."""
     parameters, optimizer = trained(200)

@@ -13,7 +13,7 @@ from test_resume import same, saved
 from splatedit.cameras import dome, orbit
 from splatedit.editing import edit
 from splatedit.errors import InputError
-from splatedit.growth import SMALL, Grower, Growth, faint, refine, strongest
+from splatedit.growth import Grower, Growth, faint, refine, strongest
 from splatedit.metrics import changed_share, count_rows
 from splatedit.render import densify, render
 from splatedit.scenes import Hold, Rates, Splats
@@ -24,11 +24,10 @@ ALL = Rates(means=1e-2, quats=1e-2, scales=1e-2, opacities=0.1, sh0=0.1, shN=0.1
 
 @pytest.fixture
 def scene(cloud):
-    """300, of which the first 20 are small, the last 10 faint."""
-    scales, opacities = cloud.scales.clone(), cloud.opacities.clone()
-    scales[:20] = math.log(0.5 * SMALL)
+    """300, of which the last 10 are faint."""
+    opacities = cloud.opacities.clone()
     opacities[-10:] = -6.0  # 0.0025
-    return cloud._replace(scales=scales, opacities=opacities)
+    return cloud._replace(opacities=opacities)
 
 
 @pytest.fixture
@@ -88,24 +87,22 @@ def test_the_faint_go_but_never_all_of_them():
     assert faint(torch.tensor([-6.0, -5.5, -7.0]), 0.005).tolist() == [True, False, True]
 
 
-def test_small_ones_are_doubled_large_ones_split_faint_ones_removed(scene):
+def test_the_chosen_are_halved_the_faint_removed(scene):
     under = trained(scene)
     before = {k: p.detach().clone() for k, p in under.parameters.items()}
     learnt = moments(under, "sh0")["exp_avg"].clone()
     pull = torch.zeros(300)
-    pull[[3, 5, 100, 200, 295]] = torch.tensor([5.0, 4.0, 3.0, 2.0, 9.0])  # 295 is faint
-    refine(under, pull, Growth(percent=4 / 290 * 100), limit=1000, generator=generator())
+    pull[[3, 100, 295]] = torch.tensor([5.0, 3.0, 9.0])  # 295 is faint
+    refine(under, pull, Growth(percent=2 / 290 * 100), limit=1000)
     after = under.parameters
-    assert under.n == len(after["means"]) == 300 - 10 + 4
-    left = [i for i in range(290) if i not in (100, 200)]
-    assert under.rows.tolist() == [*left, *[-1] * 6]
-    assert under.parent[-6:].tolist() == [3, 5, 100, 200, 100, 200], "copies, then the halves"
+    assert under.n == len(after["means"]) == 300 - 10 + 2
+    left = [i for i in range(290) if i not in (3, 100)]
+    assert under.rows.tolist() == [*left, *[-1] * 4] and under.parent[-4:].tolist() == [3, 100, 3, 100]
     for name, value in after.items():
-        assert torch.equal(value[:288], before[name][left]) and value.requires_grad
-        assert torch.equal(value[288:290], before[name][[3, 5]])
-    torch.testing.assert_close(after["scales"][290:], before["scales"][[100, 200, 100, 200]] - math.log(1.6))
-    away = (after["means"][290:] - before["means"][[100, 200, 100, 200]]).norm(dim=1)
-    assert (0 < away).all() and (away < 4 * before["scales"][[100, 200, 100, 200]].exp().amax(1)).all()
+        assert torch.equal(value[:288], before[name][left])
+    kept = {k: before[k].clone().requires_grad_() for k in before}
+    densify.halve(kept, [], torch.isin(torch.arange(300), torch.tensor([3, 100])))
+    assert all(torch.equal(value[288:], kept[name][-4:]) for name, value in after.items())
     assert torch.equal(moments(under, "sh0")["exp_avg"][:288], learnt[left])
     assert not moments(under, "sh0")["exp_avg"][288:].any()
 
@@ -115,7 +112,7 @@ def test_everything_kept_of_a_row_follows_it(scene):
     under = trained(scene, mask=mask, hold=Hold(anchor=0.1))
     mean, home = under.mean, under.home
     pull = torch.rand(200, generator=generator())
-    refine(under, pull, Growth(percent=10), limit=1000, generator=generator())
+    refine(under, pull, Growth(percent=10), limit=1000)
     carried, born = ~under.added, under.added
     rows = {int(r): i for i, r in enumerate(mask.nonzero()[:, 0])}
     old = torch.tensor([rows[int(r)] for r in under.parent])
@@ -139,7 +136,7 @@ def test_two_changes_in_a_row_leave_the_old_before_the_new(scene):
     under = trained(scene, mask=torch.arange(300) >= 100)
     for seed in range(4):
         pull = torch.rand(len(under.parent), generator=generator(seed))
-        refine(under, pull, Growth(percent=30), limit=10_000, generator=generator(seed))
+        refine(under, pull, Growth(percent=30), limit=10_000)
         old = under.rows[under.rows >= 0]
         assert (old.diff() > 0).all() and (under.rows[len(old) :] == -1).all()
         assert not (under.added[:-1] & ~under.added[1:]).any(), "so too among those under edit"
@@ -203,7 +200,7 @@ def test_what_is_counted_is_the_mean_length_of_the_gradient_on_screen(scene):
     """By `screen_gradients` of each step, of those inside the mask."""
     mask = torch.arange(300) % 2 == 0
     under = splats(scene, mask=mask)
-    grower = Grower(Growth(percent=1, every=100, window=(0, 1)), under, 100, generator())
+    grower = Grower(Growth(percent=1, every=100, window=(0, 1)), under, 100)
     pulled, seen = torch.zeros(300), torch.zeros(300, dtype=torch.int64)
     for index, views in enumerate(([0, 1], [2, 3], [1, 2])):
         drawn = under(views)
@@ -241,7 +238,7 @@ def test_growing_reaches_what_the_source_cannot_show(cloud):
 
     def fitted(growth):
         under = splats(coarse, neighbours=0)
-        grower = Grower(growth, under, 120, generator())
+        grower = Grower(growth, under, 120)
         goal = under([0, 1, 2, 3], target).rgb
         for index in range(120):
             drawn = under([0, 1, 2, 3])

@@ -6,7 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from splatedit.formats.checkpoints import newest_checkpoint, read_checkpoint
+from splatedit.formats.compressed_ply import compressed_ply_losses, write_compressed_ply
 from splatedit.formats.ply import ply_losses, read_ply, write_ply
+from splatedit.formats.sog import read_sog, sog_losses, write_sog
+from splatedit.formats.splat import read_splat, splat_losses, write_splat
+from splatedit.formats.spz import read_spz, spz_losses, write_spz
 from splatedit.gaussians import Gaussians
 
 
@@ -23,14 +28,26 @@ class Format(NamedTuple):
 # The one place that knows them all; a new format is a line here and a module beside this file.
 FORMATS: dict[str, Format] = {
     "ply": Format("ply", (".ply",), read_ply, write_ply, ply_losses),
+    "compressed_ply": Format(
+        "compressed_ply", (".compressed.ply",), read_ply, write_compressed_ply, compressed_ply_losses
+    ),
+    "sog": Format("sog", (".sog", "meta.json"), read_sog, write_sog, sog_losses),
+    "splat": Format("splat", (".splat",), read_splat, write_splat, splat_losses),
+    "spz": Format("spz", (".spz",), read_spz, write_spz, spz_losses),
+    "checkpoint": Format("checkpoint", (".pt", ".ckpt", ".pth", "config.yml"), read_checkpoint, None, lambda _: []),
 }
 
 
 def format_of(path: str | Path) -> Format | None:
-    """The format a path goes by: a folder with meta.json is `sog`, else the longest ending that fits; None if none."""
+    """The format a path goes by: the longest ending that fits; None if none.
+
+    A folder with meta.json is `sog`, the folder of a gsplat or nerfstudio run is `checkpoint`.
+    """
     path = Path(path)
     if "sog" in FORMATS and (path / "meta.json").is_file():
         return FORMATS["sog"]
+    if path.is_dir() and newest_checkpoint(path):
+        return FORMATS["checkpoint"]
     name = path.name.lower()
     fitting = [(len(end), form) for form in FORMATS.values() for end in form.suffixes if name.endswith(end)]
     return max(fitting, key=lambda pair: pair[0])[1] if fitting else None

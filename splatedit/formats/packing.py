@@ -65,8 +65,10 @@ def from_smallest_three(largest: np.ndarray, three: np.ndarray) -> np.ndarray:
 def assemble(path: Path, values: dict[str, np.ndarray], comments: tuple[str, ...] = ()) -> Gaussians:
     """Gaussians from the six parameters by name, as float32; raises InputError if they are not sound."""
     with np.errstate(over="ignore"):  # a number beyond float32 becomes Inf and is reported as such
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(values[name], np.float32)) for name in PARAMETERS}
-    return check_read(Gaussians(**tensors, comments=comments), path)
+        means, quats, scales, opacities, sh0, shN = (
+            torch.from_numpy(np.ascontiguousarray(values[name], np.float32)) for name in PARAMETERS
+        )
+    return check_read(Gaussians(means, quats, scales, opacities, sh0, shN, comments=comments), path)
 
 
 def render_mode(comments: tuple[str, ...]) -> str | None:

@@ -68,7 +68,7 @@ def splat_losses(gaussians: Gaussians) -> list[str]:
     return [
         *(["spherical harmonics above degree 0"] if gaussians.sh_degree else []),
         *([f"colours below 0 or above 1 ({bright} of {gaussians.n} Gaussians)"] if bright else []),
-        "precision: colours and opacities to 1/255, rotations to 1/128",
+        "precision (8 bits for colours, opacities and rotations)",
         *unnamed_losses(gaussians),
     ]
 

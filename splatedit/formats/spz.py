@@ -277,11 +277,13 @@ def spz_losses(gaussians: Gaussians) -> list[str]:
         "spherical harmonics below -1 or above 1": shN.abs() > 1 + 1 / 16,
     }
     counts = {name: int(mask.reshape(gaussians.n, -1).any(1).sum()) for name, mask in outside.items()}
-    steps = f"positions to 1/{1 << bits_for(reach)}, scales to 1/16, colours and opacities to 1/255, rotations to 1/723"
-    degrees = ("", ", harmonics to 1/16", ", harmonics to 1/16 and 1/8 above degree 1")[min(gaussians.sh_degree, 2)]
+    sh = ("", f", {SH_BITS[0]} for harmonics", f", {SH_BITS[0]} and {SH_BITS[1]} for harmonics")[
+        min(gaussians.sh_degree, 2)
+    ]
+    steps = f"positions to 1/{1 << bits_for(reach)}, scales to 1/16; 10 bits for rotations, 8 for colours and opacities"
     return [
         *(f"{name} ({count} of {gaussians.n} Gaussians)" for name, count in counts.items() if count),
-        f"precision: {steps}{degrees}",
+        f"precision ({steps}{sh})",
         *comment_losses(gaussians),
     ]
 

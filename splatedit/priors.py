@@ -154,6 +154,12 @@ class Prior:
 
         return self_attention(self.unet, "up_blocks")
 
+    def cross_attention(self) -> AbstractContextManager[list[Tensor]]:
+        """Where the network's cross-attention looks, as a list filled at each call of `denoise`."""
+        from splatedit.attention import cross_attention
+
+        return cross_attention(self.unet)
+
     def text(self, prompts: list[str]) -> Text:
         """Embeddings of `prompts`, one row each, float32. The empty prompt is the null text.
 

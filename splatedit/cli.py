@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from splatedit.config import GUIDANCES, KEYS, UPS, Config, colour, load_config
 from splatedit.errors import InputError
 
 MISTAKE, CRASH, INTERRUPTED = 2, 1, 130
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a full or failing disk is nobody's mistake
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -43,8 +45,8 @@ def cli() -> None:
 
 
 @cli.command(context_settings=CONTEXT, epilog=list_keys())
-@click.argument("scene")
-@click.argument("prompt")
+@click.argument("scene", metavar="SCENE", required=False)
+@click.argument("prompt", metavar="PROMPT", required=False)
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
 @setting("--source-prompt", "--src-prompt", key="source_prompt", metavar="TEXT")
 @setting("--guidance", key="guidance", metavar="NAME")
@@ -59,29 +61,75 @@ def cli() -> None:
 @setting("--cache-mb", key="cache_mb", type=float, metavar="NUMBER")
 @setting("-o", "--output-dir", key="output_dir", metavar="FOLDER")
 @setting("--device", key="device", metavar="NAME")
-@setting("--cameras", key="cameras", metavar="RIG")
+@setting("--cameras", key="cameras", metavar="RIG|FILE")
 @setting("--up", key="up", metavar="AXIS")
+@setting("--mask", key="mask", metavar="FILE")
+@setting("--mask-box", key="mask_box", metavar="CX,CY,CZ,SX,SY,SZ")
+@setting("--mask-sphere", key="mask_sphere", metavar="X,Y,Z,R")
+@setting("--mask-rule", key="mask_rule", metavar="RULE")
+@setting("--mask-text", key="mask_text", metavar="auto|WORDS")
 @setting("--offline", key="offline", is_flag=True)
 @setting("--viewer/--no-viewer", key="viewer", is_flag=True)
 @click.option("--config", "file", metavar="FILE", help="yaml file of settings, such as the config.yaml of another run")
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="",
+    metavar="[PATH]",
+    help="go on with a run that was cut off: its folder; without PATH the newest of this scene and prompt",
+)
 @click.help_option("-h", "--help", help="print this and stop")
-def run(scene: str, prompt: str, words: tuple[str, ...], file: str | None, **given: Any) -> None:
+def run(
+    scene: str | None,
+    prompt: str | None,
+    words: tuple[str, ...],
+    file: str | None,
+    resume: str | None,
+    **given: Any,
+) -> None:
     """Edit SCENE, a splat file, until it shows PROMPT.
 
     Settings are merged in this order, later ones win: defaults, --config FILE, options, KEY=VALUE words. The edited
     splats and everything about the run go to a new folder OUTPUTS/SCENE/PROMPT@TIME; the path of edited.ply is the last
-    line on stdout, all else goes to stderr. Ctrl-C keeps what is done so far and writes it.
+    line on stdout, all else goes to stderr. Ctrl-C keeps what is done so far and writes it. With --resume, a run that
+    was cut off goes on in its own folder with its own settings; SCENE and PROMPT can be left out.
 
     Exit status: 0 edited; 2 a mistake in what was asked; 3 written, but nothing changed or the edit went to noise;
     130 interrupted.
     """
-    config = load_config(file, {**given, "scene": scene, "prompt": prompt}, words)
+    if resume is None:
+        for name, value in (("SCENE", scene), ("PROMPT", prompt)):
+            if value is None:
+                raise click.UsageError(f"Missing argument '{name}'.", click.get_current_context())
+        folder, config = None, load_config(file, {**given, "scene": scene, "prompt": prompt}, words)
+    else:
+        folder, config = resumed(resume, [w for w in (scene, prompt, *words) if w is not None], file, given)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep instead of spinning
     from splatedit.run import run as start
 
-    outcome = start(config, command=["splatedit", *sys.argv[1:]])
+    outcome = start(config, command=["splatedit", *sys.argv[1:]], resume=folder)
     click.echo(str(outcome.edited))
     sys.exit(outcome.status)
+
+
+def resumed(path: str, words: list[str], file: str | None, given: dict[str, Any]) -> tuple[str, Config]:
+    """Where to go on, and the settings of that run with those merged in that are given now; raises InputError.
+
+    path: what followed --resume, which may be meant for SCENE or a KEY=VALUE word; empty if nothing did.
+    """
+    from splatedit import folders
+
+    is_scene = os.path.isfile(path) and not path.endswith(".pt")
+    if is_scene or ("=" in path and not os.path.exists(path)):
+        path, words = "", [path, *words]
+    pairs = [word for word in words if word.partition("=")[0] in KEYS]
+    others = [word for word in words if word not in pairs]
+    if len(others) > 2:
+        raise InputError(f"{others[2]!r}: expected key=value (a prompt of several words needs quotes).")
+    options = {**given, **dict(zip(("scene", "prompt"), others, strict=False))}
+    folder = folders.find(path or None, load_config(file, options, pairs))
+    before = load_config(folder / "config.yaml")
+    return path or str(folder), load_config(file, options, pairs, before)
 
 
 @cli.command(context_settings=CONTEXT)
@@ -102,8 +150,44 @@ def info(file: str, as_json: bool) -> None:
 
 
 @cli.command(context_settings=CONTEXT)
+@click.argument("scene")
+@click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
+@setting("--mask", key="mask", metavar="FILE")
+@setting("--mask-box", key="mask_box", metavar="CX,CY,CZ,SX,SY,SZ")
+@setting("--mask-sphere", key="mask_sphere", metavar="X,Y,Z,R")
+@setting("--mask-rule", key="mask_rule", metavar="RULE")
+@setting("--mask-text", key="mask_text", metavar="auto|WORDS")
+@click.option("-o", "--output", multiple=True, metavar="FILE", help="mask (.json .npy), picture, film or splat file")
+@setting("--prompt", key="prompt", metavar="TEXT")
+@setting("--source-prompt", "--src-prompt", key="source_prompt", metavar="TEXT")
+@setting("--model", key="model", metavar="NAME|FOLDER")
+@setting("--seed", key="seed", type=int, metavar="N")
+@setting("--device", key="device", metavar="NAME")
+@setting("--up", key="up", metavar="AXIS")
+@setting("--offline", key="offline", is_flag=True)
+@click.option("--config", "file", metavar="FILE", help="yaml file of settings, such as the config.yaml of another run")
+@click.help_option("-h", "--help", help="print this and stop")
+def mask(scene: str, words: tuple[str, ...], output: tuple[str, ...], file: str | None, **given: Any) -> None:
+    """Choose splats of SCENE, a splat file, and say how many: those that an edit shall be free to change.
+
+    Takes the mask options and settings of `splatedit run`; several hold together, all at once. --output, as often as
+    wanted: .json the mask, for --mask; .npy a truth value for each splat; .png, .mp4, .gif, .apng the scene with the
+    mask in colour; a splat file those splats alone. The paths, one a line, are all that stdout gets.
+    """
+    config = load_config(file, {**given, "scene": scene}, words)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from rich.console import Console
+
+    from splatedit.mask_run import make
+
+    for path in make(config, output, Console(stderr=True, highlight=False, soft_wrap=True)):
+        click.echo(str(path))
+
+
+@cli.command(context_settings=CONTEXT)
 @click.argument("file")
 @click.option("-o", "--output", required=True, metavar="PATH", help="film (.mp4 .gif .apng), one .png, or a folder")
+@click.option("--cameras", metavar="FILE|FOLDER", help="draw from these cameras instead of a circle")
 @click.option("--frames", type=click.IntRange(1), default=72, show_default=True, help="views around the circle")
 @click.option("--size", default="512", show_default=True, metavar="N|WxH", help="of the pictures, in pixels")
 @click.option("--elevation", type=float, default=15.0, show_default=True, help="degrees above the horizon")
@@ -115,16 +199,26 @@ def info(file: str, as_json: bool) -> None:
 @click.option("--fps", type=click.FloatRange(1, 120), default=24.0, show_default=True, help="frames per second")
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda or cuda:N")
 @click.help_option("-h", "--help", help="print this and stop")
-def render(file: str, output: str, frames: int, size: str, background: str, fps: float, **view: Any) -> None:
-    """Draw FILE, a splat file, from a circle of cameras around it.
+def render(
+    file: str, output: str, cameras: str | None, frames: int, size: str, background: str, fps: float, **view: Any
+) -> None:
+    """Draw FILE, a splat file, from a circle of cameras around it, or from cameras of your own.
 
     The ending of the output says what is made: .mp4, .gif or .apng a turntable; .png the first view alone; a name
-    without ending a folder of numbered PNGs. The path is the last line on stdout.
+    without ending a folder of numbered PNGs. The path is the last line on stdout. --cameras: cameras.json,
+    transforms.json or a COLMAP folder; all views in the order of their names, or --frames of them, evenly; --size N is
+    then the shorter edge of a picture in its own shape.
     """
+    if cameras is not None:
+        chosen = [name for name in ("elevation", "azimuth", "fov", "zoom", "up") if was_given(name)]
+        if chosen:
+            raise InputError(f"--{chosen[0]}: has no meaning with --cameras, whose file says where to look from.")
     pixels, behind = read_size(size), read_colour(background)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from splatedit import media
+    from splatedit.camera_files import fit
     from splatedit.cameras import orbit
+    from splatedit.captures import load_capture, spread
     from splatedit.editing import resolve_device
     from splatedit.files import load, sidecar
 
@@ -132,8 +226,13 @@ def render(file: str, output: str, frames: int, size: str, background: str, fps:
     device = resolve_device(view.pop("device"))
     up = view.pop("up") or sidecar(file).up
     gaussians = load(file)
-    cameras = orbit(gaussians, frames, size=pixels, up=up, **view)
-    media.save_frames(media.draw(gaussians.to(device), cameras, behind), output, fps)
+    if cameras is None:
+        views = orbit(gaussians, frames, size=pixels, up=up, **view)
+    else:
+        capture = load_capture(cameras, gaussians, file)
+        chosen = spread(capture.views, frames if was_given("frames") else len(capture.views))
+        views = fit(chosen, *pixels) if "x" in size.lower() else capture.whole(chosen, pixels[0])
+    media.save_frames(media.draw(gaussians.to(device), views, behind), output, fps)
     click.echo(output)
 
 
@@ -203,6 +302,102 @@ def diagnose(path: str, prompt: str, **given: Any) -> None:
     click.echo(str(start(path, prompt, **given)))
 
 
+@cli.command(context_settings=CONTEXT)
+@click.argument("file")
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+@click.help_option("-h", "--help", help="print this and stop")
+def history(file: str, as_json: bool) -> None:
+    """List the edits of FILE, the edited.ply of a run: what they did, which are done, undone, or set aside.
+
+    They lie in FILE.history beside it. A copy of FILE elsewhere keeps its history if that folder is copied along.
+    """
+    from splatedit import stack
+
+    found = stack.Stack.open(file)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(stack.as_json(found), indent=1, ensure_ascii=False))
+        return
+    if found.entries:
+        from rich.console import Console
+
+        wide = Console()
+        (wide if wide.is_terminal else Console(width=160)).print(stack.table(found))
+    else:
+        click.echo(f"{file}: no edits are recorded.")
+    if found.at is None:
+        click.echo(f"{file} was changed by another program since; it can be neither undone nor redone.", err=True)
+
+
+def moved(file: str, name: str, count: int | None, to: int | None) -> None:
+    """What undo and redo have in common: take so many steps or go to an edit, and say where that is."""
+    if count is not None and to is not None:
+        raise click.UsageError("give N or --to K, not both.", click.get_current_context())
+    from splatedit import stack
+
+    found = stack.Stack.open(file)
+    if to is None:
+        (found.undo if name == "undo" else found.redo)(count or 1)
+    elif name == "undo" and found.at is not None and to not in found.numbers(found.at):
+        raise InputError(f"{file}: edit {to} is not done, so undo does not lead to it; `splatedit redo --to {to}` may.")
+    else:
+        found.goto(to)
+    place = f"after edit {found.at}, {found.entries[found.at].title}" if found.at else "before the first edit"
+    click.echo(f"{file} is as it was {place}", err=True)
+    click.echo(file)
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("file")
+@click.argument("count", type=click.IntRange(1), required=False, metavar="[N]")
+@click.option("--to", type=click.IntRange(0), metavar="K", help="back to edit K of the history, 0: before the first")
+@click.help_option("-h", "--help", help="print this and stop")
+def undo(file: str, count: int | None, to: int | None) -> None:
+    """Take back the last edit of FILE, or the last N: it gets the very bytes that it had before.
+
+    The path of FILE is the last line on stdout.
+    """
+    moved(file, "undo", count, to)
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("file")
+@click.argument("count", type=click.IntRange(1), required=False, metavar="[N]")
+@click.option("--to", type=click.IntRange(0), metavar="K", help="forward to edit K of the history, on any branch")
+@click.help_option("-h", "--help", help="print this and stop")
+def redo(file: str, count: int | None, to: int | None) -> None:
+    """Bring back the edit of FILE that was undone last, or N of them, bit for bit.
+
+    The path of FILE is the last line on stdout.
+    """
+    moved(file, "redo", count, to)
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("file")
+@click.argument("strength", type=click.FloatRange(0, 1))
+@click.option("--edit", type=click.IntRange(1), metavar="K", help="which edit of the history; else the last one done")
+@click.help_option("-h", "--help", help="print this and stop")
+def strength(file: str, strength: float, edit: int | None) -> None:
+    """Give an edit of FILE part strength: 0 is before it, 1 after it, 0.5 half way; later edits stay on top.
+
+    It can be set again at any time, and undone. The path of FILE is the last line on stdout.
+    """
+    from splatedit import stack
+
+    entry = stack.Stack.open(file).strength(strength, edit)
+    click.echo(f"{file}: {entry.title}" if entry else f"{file}: it has strength {strength:g} already", err=True)
+    click.echo(file)
+
+
+def was_given(name: str) -> bool:
+    """Whether an option of the command that runs was said, not left at its default."""
+    from click.core import ParameterSource
+
+    return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
+
+
 def read_size(text: str) -> tuple[int, int]:
     """`512` or `640x480` as (width, height) in pixels; raises InputError."""
     parts = text.lower().split("x")
@@ -225,7 +420,7 @@ def main() -> NoReturn:
     try:
         cli.main(prog_name="splatedit", standalone_mode=False)
     except InputError as error:
-        fail(str(error), MISTAKE)
+        fail(str(error), CRASH if getattr(error.__cause__, "errno", None) in DISK else MISTAKE)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(MISTAKE)

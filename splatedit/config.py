@@ -25,6 +25,8 @@ RIGS = ("orbit", "dome")  # the keys of cameras.RIGS
 UPS = ("+x", "-x", "+y", "-y", "+z", "-z")  # cameras.UPS
 TEXT = ("scene", "prompt", "source_prompt", "guidance", "model", "output_dir", "device", "cameras", "up")
 TEXT += ("weight", "timesteps", "solver", "cache_dir")
+TEXT += ("mask", "mask_box", "mask_sphere", "mask_rule", "mask_text", "mask_text_by")
+MASK_BY = ("scores", "attention")  # the keys of relevance.MAPS
 
 
 def key(default: Any, help: str) -> Any:
@@ -55,7 +57,11 @@ class Config:
     fpr_sphere: bool = key(False, "ids: after each iteration the noise gets back the length it was drawn with")
     fpr_keep_best: bool = key(False, "ids: a view whose residual rises goes back one iteration and stops")
     fpr_stop: float = key(0.0, "ids: a view stops once its residual is below this share of the source's latents")
-    cameras: str = key("dome", "orbit, dome, or with a number of views: dome:48")
+    cameras: str = key(
+        "auto", "a file or folder of cameras, or orbit, dome, dome:48; auto: those beside the scene, else dome"
+    )
+    cameras_held_out: int = key(8, "files of cameras: each so-manyeth view is kept for the report; 0: none")
+    cameras_most: int = key(48, "files of cameras: views to edit from, evenly over all there are")
     up: str | None = key(None, "up axis of the scene, +x -x +y -y +z or -z; null: its sidecar says, else guessed")
     views_per_step: int = key(2, "cameras drawn in each step")
     t_range: list[float] = key([0.05, 0.95], "noise levels drawn from, fractions of the schedule")
@@ -88,8 +94,20 @@ class Config:
     average_last: float = key(0.25, "share of the steps, from the last, whose splats are averaged into the result")
     supersample: int = key(2, "pictures are drawn this many times larger, then averaged down")
     neighbours: int = key(16, "each gradient is averaged over this many nearest splats; 0 is off")
+    mask: str | None = key(None, "only these splats may change: a mask, list of rows or second splat file")
+    mask_box: str | None = key(None, "only splats in this box, world units: cx,cy,cz,sx,sy,sz")
+    mask_sphere: str | None = key(None, "only splats in this ball, world units: x,y,z,r")
+    mask_rule: str | None = key(None, "only splats like this: opacity > 0.5 and x < 1")
+    mask_text: str | None = key(None, "only splats that the edit is about: auto, or words of the source prompt")
+    mask_text_by: str = key("scores", "mask_text=auto: where from: " + ", ".join(MASK_BY))
+    mask_threshold: float | None = key(None, "mask_text: relevance from which a splat may change; null: found")
+    mask_grow: float = key(0.0, "and splats so near to the mask, world units; negative shrinks it")
+    mask_invert: bool = key(False, "the splats outside the mask may change instead")
     background: list[float] = key([1.0, 1.0, 1.0], "red, green, blue behind the splats, in [0, 1]")
     output_dir: str = key("outputs", "folder that gets <scene>/<prompt>@<time>/")
+    checkpoint_every: int | None = key(
+        None, "steps between checkpoints; null: about 30 s, more where one takes long; 0: only at the end"
+    )
     viewer: bool = key(False, "live viewer (not in this version yet)")
 
 
@@ -104,7 +122,10 @@ KEYS = {f.name: f.metadata["help"] for f in fields(Config)}
 
 
 def load_config(
-    file: str | Path | None = None, options: Mapping[str, Any] | None = None, words: Iterable[str] = ()
+    file: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    words: Iterable[str] = (),
+    defaults: Config | None = None,
 ) -> Config:
     """Merge defaults, a yaml `file`, `options` (None means not given) and `key=value` `words`; later ones win.
 
@@ -115,7 +136,7 @@ def load_config(
         layers.append((str(file), read_yaml(Path(file))))
     layers.append(("", {k: v for k, v in (options or {}).items() if v is not None}))
     layers.extend(("", parse_word(word)) for word in words)
-    merged: dict[str, Any] = asdict(Config())
+    merged: dict[str, Any] = asdict(defaults or Config())
     for where, layer in layers:
         for name, value in layer.items():
             known(name, where)
@@ -129,7 +150,10 @@ def save_config(config: Config, path: str | Path) -> None:
     """Write config.yaml: every key, so that `--config` repeats the run."""
     from omegaconf import OmegaConf
 
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))), encoding="utf-8")
+    from splatedit.files import atomic
+
+    with atomic(path) as stream:
+        stream.write(OmegaConf.to_yaml(OmegaConf.create(asdict(config))).encode())
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -210,10 +234,17 @@ def check(config: Config) -> None:
     """Raise InputError for a value out of range; what only torch knows (a GPU, say) is checked by the run."""
     choose("guidance", config.guidance, GUIDANCES)
     choose("solver", config.solver, SOLVERS)
+    choose("mask_text_by", config.mask_text_by, MASK_BY)
     for name, choices in (("up", UPS), ("weight", WEIGHTS), ("timesteps", TIMESTEPS)):
         if getattr(config, name) is not None:
             choose(name, getattr(config, name), choices)
-    rig(config.cameras)
+    if is_rig(config.cameras):
+        rig(config.cameras)
+    elif not Path(config.cameras).expanduser().exists():
+        raise InputError(
+            f"cameras: {config.cameras!r}: no such file, and not a rig; "
+            "choose orbit, dome, dome:N or a file of cameras."
+        )
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
         raise InputError(f"device: {config.device!r} is not known; choose auto, cpu, cuda or cuda:N.")
     for name, low, high in (
@@ -225,18 +256,22 @@ def check(config: Config) -> None:
         ("cache_refresh", 0, math.inf),
         ("cache_mb", 0.0, math.inf),
         ("views_per_step", 1, math.inf),
+        ("cameras_held_out", 0, math.inf),
+        ("cameras_most", 1, 1000),
         ("anneal", 0.0, 1.0),
         ("final_rate", 0.0, 1.0),
         ("average_last", 0.0, 1.0),
         ("supersample", 1, 8),
         ("neighbours", 0, math.inf),
+        ("mask_grow", -math.inf, math.inf),
         *((k, *span) for k, span in RANGES.items()),
         *((f"lr_{k}", 0.0, math.inf) for k in ("means", "quats", "scales", "opacities", "sh0", "shN")),
     ):
         within(name, getattr(config, name), low, high)
     if config.final_rate == 0:
         raise InputError("final_rate: found 0, expected more than 0 and at most 1.")
-    for name, low in (("guidance_scale", 0.0), ("sdi_scale", -math.inf)):
+    lowest = {"guidance_scale": 0.0, "sdi_scale": -math.inf, "mask_threshold": 0.0, "checkpoint_every": 0}
+    for name, low in lowest.items():
         if getattr(config, name) is not None:
             within(name, getattr(config, name), low, math.inf)
     colour(config.background, "background")
@@ -268,13 +303,18 @@ def colour(value: Iterable[float], name: str) -> tuple[float, float, float]:
     return numbers
 
 
+def is_rig(text: str) -> bool:
+    """Whether the setting names a rig, or leaves it open, and not a file of cameras."""
+    return text == "auto" or text.partition(":")[0] in RIGS
+
+
 def rig(text: str) -> tuple[str, int | None]:
-    """`dome:48` as ("dome", 48), `dome` as ("dome", None); raises InputError."""
+    """`dome:48` as ("dome", 48), `dome` and `auto` as ("dome", None); raises InputError."""
     name, colon, count = text.partition(":")
+    if text == "auto":
+        return "dome", None
     if name not in RIGS:
-        raise InputError(
-            f"cameras: {text!r} is not a rig; choose orbit, dome or dome:N (files of cameras cannot be read yet)."
-        )
+        raise InputError(f"cameras: {text!r} is not a rig; choose orbit, dome or dome:N.")
     if not colon:
         return name, None
     if not count.isdecimal() or not 1 <= int(count) <= 1000:

@@ -17,14 +17,13 @@ from rich.markup import escape
 
 from splatedit.config import GUIDANCES, SOLVERS, Config, choose, within
 from splatedit.errors import InputError
+from splatedit.folders import output_folder, slug
 from splatedit.run import (
     DONE,
     INTERRUPTED,
     NOT_CHANGED,
     json_number,
-    output_folder,
     progress_bar,
-    slug,
     versions,
     write_json,
 )

@@ -51,8 +51,12 @@ def sheet(images: Iterable[np.ndarray], columns: int, gap: int = 2) -> np.ndarra
 
 
 def save_png(image: np.ndarray, path: str | Path | IO[bytes]) -> None:
-    """Write one picture (h, w, 3) uint8."""
-    Image.fromarray(image).save(path, format="PNG")
+    """Write one picture (h, w, 3) uint8, to a stream, or as a file that appears whole or not at all."""
+    if isinstance(path, (str, Path)):
+        with atomic(path) as stream:
+            save_png(image, stream)
+    else:
+        Image.fromarray(image).save(path, format="PNG")
 
 
 def save_first(frames: Iterable[np.ndarray], stream: IO[bytes], fps: float) -> None:

@@ -8,6 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from splatedit.files import atomic
+
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
@@ -67,7 +69,8 @@ def write_report(record: dict[str, Any], pairs: Sequence[tuple[str, str]], path:
         pairs=figures,
         rows=rows,
     )
-    path.write_text(page, encoding="utf-8")
+    with atomic(path) as stream:
+        stream.write(page.encode())
 
 
 def inline(path: Path) -> str:

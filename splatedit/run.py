@@ -7,26 +7,31 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
 
-from splatedit import __version__
-from splatedit.config import Config, check, colour, rig, save_config
+from splatedit import __version__, folders
+from splatedit.checkpoints import Keeper, Log, check_same, patience, read_checkpoint
+from splatedit.config import Config, check, colour, is_rig, rig, save_config
 from splatedit.errors import InputError, Lost
+from splatedit.folders import CHECKPOINT, clean, find, finished, in_use, locked, output_folder
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from splatedit.cameras import Cameras
+    from splatedit.captures import Capture
     from splatedit.editing import Step
     from splatedit.gaussians import Gaussians
     from splatedit.images import ImageStep
@@ -58,34 +63,31 @@ class Job(NamedTuple):
     source_prompt: str
     origin: str  # of the source prompt: "option", "sidecar", "model" or "none"
     up: str | None  # None: guessed by the rigs
+    capture: Capture | None = None  # the cameras of a file; None: a rig
+    sha256: str = ""  # of the scene's file
     folder: Path | None = None  # of this run
+    saved: dict[str, Any] | None = None  # the checkpoint that it goes on from
+    mask: Tensor | None = None  # (n,) bool, which splats may change; None: all
 
     @property
     def background(self) -> tuple[float, float, float]:
         return colour(self.config.background, "background")
 
 
-class Log(NamedTuple):
-    """The steps that were taken: the last one whole, of the others only numbers."""
-
-    last: Step
-    loss: list[float]
-    psnr: list[float]  # dB to the source
-    drift: list[list[float]]  # ids: posterior-mean drift after each FPR iteration
-    rms: list[list[float]]  # ids: of the noise, likewise
-    seconds: dict[str, float]  # summed over the steps: render, prior, encode, optimise
-    before: float  # seconds before the first step: drawing and encoding the source
-    wall: float  # seconds of the steps themselves
-    interrupted: bool
-
-
-def run(config: Config, console: Console | None = None, command: Sequence[str] | None = None) -> Outcome:
+def run(
+    config: Config,
+    console: Console | None = None,
+    command: Sequence[str] | None = None,
+    resume: str | Path | None = None,
+) -> Outcome:
     """Edit the scene of `config` and write the outputs folder; progress and messages go to `console` (stderr).
 
-    command: the words that started the run, for cmd.txt. A KeyboardInterrupt after the first step ends the edit early
-    and everything is written; before it, nothing is left behind. Raises InputError for a mistake in the settings, the
-    scene, or a model that is not there, all before the first picture is drawn.
+    command: the words that started the run, for cmd.txt. resume: the folder of a run that was cut off (or a checkpoint
+    in it), to go on there; `checkpoints.FREE` says what of `config` may have changed. A KeyboardInterrupt after the
+    first step ends the edit early and everything is written; before it, nothing is left behind. Raises InputError for a
+    mistake in the settings, the scene, or a model that is not there, all before the first picture is drawn.
     """
+    from splatedit import mask_settings
     from splatedit.priors import check_prior
 
     console = console or Console(stderr=True, highlight=False, soft_wrap=True)
@@ -94,70 +96,117 @@ def run(config: Config, console: Console | None = None, command: Sequence[str] |
     if not config.prompt.strip():
         raise InputError('prompt: it is empty; say what the scene shall show, as in "a pig".')
     if not Path(config.scene).is_file():
-        raise InputError(f"{config.scene or 'scene'}: no such file; expected a splat file (.ply).")
+        moved = "" if resume is None else f"; if it was moved, say where: splatedit run --resume {resume} SCENE"
+        raise InputError(f"{config.scene or 'scene'}: no such file; expected a splat file (.ply){moved}.")
+    mask_settings.without_text(config)
     check_prior(config.model, config.offline)
-    with output_folder(config) as folder:
+    with working_folder(config, resume, console) as folder:
+        from splatedit.files import sha256
+
+        digest = sha256(config.scene)
+        saved = None if resume is None else recall(Path(resume), folder, config, digest, console)
+        record = None if resume is None else finished(folder, config.steps)
+        if record is not None:
+            console.print(escape(f"{folder} is finished: {record['steps']} of {config.steps} steps."))
+            return Outcome(folder, folder / "edited.ply", record, record["exit_status"])
         save_config(config, folder / "config.yaml")
-        (folder / "cmd.txt").write_text(shlex.join(command or sys.argv) + "\n", encoding="utf-8")
-        job = prepare(config, console)._replace(folder=folder)
-        log = optimise(job, console)
-    record = write(job, console, folder, log)
-    record["started"] = started.isoformat(timespec="seconds")
-    record["wall_seconds"] = time.perf_counter() - clock
-    write_json(record, folder / "run.json")
+        with open(folder / "cmd.txt", "a", encoding="utf-8") as stream:
+            stream.write(shlex.join(command or sys.argv) + "\n")
+        job = prepare(config, console, saved)._replace(folder=folder, saved=saved, sha256=digest)
+        job = job._replace(mask=mask_settings.of(job, console))
+        keeper = Keeper(folder / CHECKPOINT, head(job), config.checkpoint_every, partial(warn, console))
+        with kept(folder, console):
+            log = optimise(job, console, keeper)
+            record = write(job, console, folder, log, keeper)
+            record["started"] = started.isoformat(timespec="seconds")
+            record["wall_seconds"] = time.perf_counter() - clock
+            write_json(record, folder / "run.json")
     return Outcome(folder, folder / "edited.ply", record, record["exit_status"])
 
 
 # ---------------------------------------------------------------------------------------------------------- beforehand
 @contextmanager
-def output_folder(config: Config) -> Iterator[Path]:
-    """Make a new outputs/<scene>/<prompt>@<time>; taken away again if the body fails. Raises InputError."""
-    top = Path(config.output_dir)
-    parent = top / slug(Path(config.scene).stem)
-    new = [p for p in (parent, top) if not p.exists()]
-    name = f"{slug(config.prompt)}@{datetime.now():%Y%m%d-%H%M%S}"
-    folder, count = parent / name, 1
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:  # two runs in one second
-            count += 1
-            folder = parent / f"{name}-{count}"
-        except OSError as error:
-            reason = error.strerror or error
-            raise InputError(f"output_dir: {top} cannot be written to ({reason}); choose another with -o.") from None
-    try:
+def working_folder(config: Config, resume: str | Path | None, console: Console) -> Iterator[Path]:
+    """The outputs folder of this run, nobody else's while it lasts: a new one, or that of the run to go on with.
+
+    A new one is taken away again if the body fails before there is a checkpoint.
+    """
+    if resume is not None:
+        folder = find(resume, config)
+        with locked(folder):
+            clean(folder)
+            yield folder
+        return
+    if unfinished := [f for f in folders.runs(config) if not finished(f) and not in_use(f)]:
+        console.print(escape(f"{unfinished[-1]} is unfinished; --resume goes on there. This is a new run."))
+    with output_folder(config, lambda new: (new / CHECKPOINT).exists()) as folder:
         yield folder
+
+
+def recall(given: Path, folder: Path, config: Config, sha256: str, console: Console) -> dict[str, Any] | None:
+    """The checkpoint to go on from, None if the run came to none; raises InputError if it is of another edit."""
+    path = given if given.suffix == ".pt" else folder / CHECKPOINT
+    if not path.exists():
+        if (folder / "run.json").exists() and not finished(folder, config.steps):
+            raise InputError(f"--resume: {path} is not there any more; without it {folder} cannot go on, run anew.")
+        console.print(escape(f"{folder} has no checkpoint yet: it begins at the first step."))
+        return None
+    saved = read_checkpoint(path)
+    check_same(saved, config, sha256)
+    for name, version in versions().items():
+        if saved["versions"].get(name, version) != version:
+            was = f"{name} was {saved['versions'][name]}, now {version}"
+            warn(console, f"{was}; the result may differ in its last bits.")
+    return saved
+
+
+@contextmanager
+def kept(folder: Path, console: Console) -> Iterator[None]:
+    """If the body fails, say what is kept and how to go on."""
+    try:
+        yield
     except BaseException:
-        shutil.rmtree(folder)
-        for path in new:
-            with suppress(OSError):  # another run has put something there
-                path.rmdir()
+        if (folder / CHECKPOINT).exists():
+            again = shlex.join(["splatedit", "run", "--resume", str(folder)])
+            console.print(f"[bold yellow]The edit is kept[/] as of its last checkpoint; to go on: {escape(again)}")
         raise
 
 
-def slug(text: str, longest: int = 48) -> str:
-    """Text as a file name: letters and digits of any script, the rest as single hyphens."""
-    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:longest].rstrip("-") or "edit"
+def head(job: Job) -> dict[str, Any]:
+    """What every checkpoint of a run holds beside the state of the edit."""
+    return {
+        "config": asdict(job.config),
+        "sha256": job.sha256,
+        "source_prompt": job.source_prompt,
+        "origin": job.origin,
+        "up": job.up,
+        "versions": versions(),
+    }
 
 
-def prepare(config: Config, console: Console) -> Job:
-    """Load the scene and the model and settle source prompt and up axis; raises InputError."""
+def warn(console: Console, line: str) -> None:
+    console.print(f"[bold yellow]Warning:[/] {escape(line)}")
+
+
+def prepare(config: Config, console: Console, saved: dict[str, Any] | None = None) -> Job:
+    """Load the scene and the model and settle source prompt and up axis (those of `saved`, if given); or InputError."""
     from splatedit.editing import resolve_device
     from splatedit.files import load, sidecar
     from splatedit.priors import load_prior
 
     device = resolve_device(config.device)
     gaussians, beside = load(config.scene), sidecar(config.scene)
+    capture = find_views(config, gaussians, console)
     if config.viewer:
         console.print("[yellow]--viewer: the live viewer is not in this version yet; the edit runs without it.")
     with console.status("loading the model"):
         prior = load_prior(config.model, device, offline=config.offline)
     prior.text([config.prompt])  # a word the model does not know is told now, not after the first pictures
     console.print(escape(f"{gaussians.n:,} splats from {config.scene}, model {prior.name}, on {device}"))
-    job = Job(config, gaussians, prior, "", "none", config.up or beside.up)
-    if config.source_prompt is not None:
+    job = Job(config, gaussians, prior, "", "none", config.up or beside.up, capture)
+    if saved is not None:
+        job = job._replace(source_prompt=saved["source_prompt"], origin=saved["origin"], up=saved["up"])
+    elif config.source_prompt is not None:
         job = job._replace(source_prompt=config.source_prompt, origin="option")
     elif beside.source_prompt is not None:
         job = job._replace(source_prompt=beside.source_prompt, origin="sidecar")
@@ -179,16 +228,28 @@ def prepare(config: Config, console: Console) -> Job:
     return job
 
 
+def find_views(config: Config, gaussians: Gaussians, console: Console) -> Capture | None:
+    """The cameras of the file that is asked for or lies beside the scene, said in a line; None for a rig."""
+    from splatedit.captures import find_capture
+
+    if config.cameras != "auto" and is_rig(config.cameras):
+        return None
+    limits = config.cameras_held_out, config.cameras_most
+    capture, said = find_capture(config.cameras, config.scene, gaussians, *limits)
+    if said:
+        console.print(escape(said))
+    return capture
+
+
 def ask_prior(job: Job, console: Console) -> str:
     """The prompt of the model's vocabulary that explains a few views of the scene best."""
     import torch
 
-    from splatedit.cameras import orbit
     from splatedit.priors import find_prompt
     from splatedit.render import render
 
     prior = job.prior
-    views = orbit(job.gaussians, VIEWS // 2, elevation=ELEVATION, size=prior.image_size, up=job.up)
+    views = views_of_model(job, VIEWS // 2)
     with console.status("asking the model what the scene shows"), torch.no_grad():
         images = render(job.gaussians.to(prior.device), views, job.background).rgb
         generator = torch.Generator(prior.device).manual_seed(job.config.seed)
@@ -197,40 +258,46 @@ def ask_prior(job: Job, console: Console) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
-def optimise(job: Job, console: Console) -> Log:
+def optimise(job: Job, console: Console, keeper: Keeper) -> Log:
     """Run the edit under a progress bar; Ctrl-C after the first step ends it early and keeps what is done."""
     from splatedit import editing
 
-    config = job.config
-    steps = editing.edit(job.gaussians, config.prompt, job.source_prompt, model=job.prior, up=job.up, **options(job))
-    loss, distance, drift, rms, seconds = [], [], [], [], {}
-    last, interrupted, before, start = None, False, 0.0, time.perf_counter()
-    with progress_bar(console, config.steps) as show:
+    config, saved = job.config, job.saved
+    log = Log(**saved["log"]) if saved else Log()
+    done, spent, now = len(log.loss), log.wall, time.perf_counter()
+    if saved is not None:
+        console.print(f"going on after {done} of {config.steps} steps")
+        log.resumed.append(done)
+        if done == config.steps:
+            return log  # edited.ply was written before that checkpoint
+    steps = editing.edit(
+        job.gaussians, config.prompt, job.source_prompt, model=job.prior, up=job.up, resume=saved, **options(job)
+    )
+    with progress_bar(console, config.steps) as show, patience() as stop:
         try:
-            for last in steps:
-                if not loss:
-                    before = time.perf_counter() - start - sum(last.seconds.values())
-                loss.append(last.loss)
-                distance.append(last.psnr_to_source)
-                drift.append(last.residuals)
-                rms.append(last.fpr.rms.mean(1).tolist() if last.fpr else [])
-                for part, spent in last.seconds.items():
-                    seconds[part] = seconds.get(part, 0.0) + spent
-                show(last, (time.perf_counter() - start - before) / len(loss))
-                warn_early(console, last)
+            for step in steps:
+                log.add(step, -now + (now := time.perf_counter()))
+                show(step, (log.wall - spent) / (len(log.loss) - done))
+                warn_early(console, step)
+                stop.armed = True
+                if keeper.due(step.index + 1) and step.index + 1 < config.steps:
+                    keeper.write(log)
+                if stop.asked:
+                    break
         except KeyboardInterrupt:
-            if last is None:
+            stop.asked, log.whole = True, False
+            if log.last is None:
                 raise
-            interrupted = True
-            done = f"after {len(loss)} of {config.steps} steps; writing what is done."
-            console.print(f"[bold yellow]Interrupted[/] {done}")
         except Lost as error:
-            if last is None:
+            log.whole = False
+            if log.last is None:
                 raise
             console.print(f"[bold red]The edit is lost:[/] {escape(str(error))} Writing what is left.")
-    assert last is not None
-    wall = time.perf_counter() - start - before
-    return Log(last, loss, distance, drift, rms, seconds, before, wall, interrupted)
+    if stop.asked and len(log.loss) < config.steps:
+        log.interrupted = True
+        said = f"after {len(log.loss)} of {config.steps} steps; writing what is done."
+        console.print(f"[bold yellow]Interrupted[/] {said}")
+    return log
 
 
 def options(job: Job) -> dict[str, Any]:
@@ -255,17 +322,24 @@ def options(job: Job) -> dict[str, Any]:
         "timesteps",
     )
     same += ("final_rate", "average_last", "supersample", "neighbours", "device", "offline")
-    name, views = rig(config.cameras)
     return {
         **{k: getattr(config, k) for k in same},
         "cache_dir": str(job.folder / "source_cache") if config.cache_dir == "run" and job.folder else config.cache_dir,
-        "cameras": name,
-        **({} if views is None else {"views": views}),
+        **cameras_of_edit(job),
         "t_range": (config.t_range[0], config.t_range[1]),
         "background": job.background,
+        "mask": job.mask,
         "tuning": Tuning(**{k: getattr(config, k) for k in Tuning._fields}),
         "rates": Rates(**{k: getattr(config, f"lr_{k}") for k in Rates._fields}),
     }
+
+
+def cameras_of_edit(job: Job) -> dict[str, Any]:
+    """`cameras`, and `views` if the settings say how many."""
+    if job.capture is not None:
+        return {"cameras": job.capture.square(job.capture.edit, job.prior.image_size)}
+    name, views = rig(job.config.cameras)
+    return {"cameras": name} if views is None else {"cameras": name, "views": views}
 
 
 @contextmanager
@@ -314,15 +388,13 @@ def warn_early(console: Console, step: Step) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- afterwards
-def write(job: Job, console: Console, folder: Path, log: Log) -> dict[str, Any]:
+def write(job: Job, console: Console, folder: Path, log: Log, keeper: Keeper) -> dict[str, Any]:
     """Write everything but run.json, the edited splats first; return what run.json shall hold."""
-    from splatedit.files import save
     from splatedit.report import write_report
 
-    raw = log.last.gaussians.to("cpu")
-    edited, lost = mend(raw, job.gaussians)
-    save(edited._replace(comments=(*job.gaussians.comments, signature(job))), folder / "edited.ply")
-    write_checkpoint(log.last, job.config, folder / "ckpts" / "last.pt")
+    raw, edited, lost = write_splats(job, folder, log)
+    if log.last is not None and log.whole:
+        keeper.write(log)
     record, report, pairs = facts(job, log), None, []
     try:
         with console.status("measuring the change"):
@@ -338,29 +410,34 @@ def write(job: Job, console: Console, folder: Path, log: Log) -> dict[str, Any]:
     record["mended_splats"] = lost
     record["change"] = report.as_dict() if report else None
     record["network_evaluations"] = {
-        "edit": log.last.evaluations,
+        "edit": log.evaluations,
         "all": job.prior.evaluations,
-        "backward": log.last.backwards,
+        "backward": log.backwards,
     }
-    record["source_cache"] = dict(log.last.cache)
+    record["source_cache"] = log.cache
     record["peak_memory_mib"] = peak_memory()
     write_json({"change": record["change"], "curve": curve(log)}, folder / "metrics.json")
     if pairs:
         write_report(record, pairs, folder / "report.html")
     if report:
-        tell(console, report, job.config.prompt)
+        tell(console, report, job.config.prompt, min(VIEWS, len(job.capture.report)) if job.capture else VIEWS)
     return record
 
 
-def write_checkpoint(step: Step, config: Config, path: Path) -> None:
-    """The state of the edit after `step`, as `torch.load(path, weights_only=True)` reads it; written whole or not."""
-    import torch
+def write_splats(job: Job, folder: Path, log: Log) -> tuple[Gaussians, Gaussians, int]:
+    """Write edited.ply; return the splats as they came out of the edit, as they were written, and how many differ.
 
-    from splatedit.files import atomic
+    If all steps had been taken before this run was resumed, the file is there, and is read.
+    """
+    from splatedit.files import load, save
 
-    path.parent.mkdir()
-    with atomic(path) as stream:
-        torch.save({**step.state(), "config": asdict(config)}, stream)
+    if log.last is None:
+        edited = load(folder / "edited.ply")
+        return edited, edited, 0
+    raw = log.last.gaussians.to("cpu")
+    edited, lost = mend(raw, job.gaussians)
+    save(edited._replace(comments=(*job.gaussians.comments, signature(job))), folder / "edited.ply")
+    return raw, edited, lost
 
 
 def mend(edited: Gaussians, source: Gaussians) -> tuple[Gaussians, int]:
@@ -382,17 +459,16 @@ def signature(job: Job) -> str:
 
 
 def measure(job: Job, edited: Gaussians) -> Report:
-    """The change report over views that lie between those of the pictures."""
-    from splatedit.cameras import bounds, orbit
+    """The change report over views held out, or of a rig such that lie between those of the pictures."""
+    from splatedit.cameras import bounds
     from splatedit.metrics import change_report
 
     source, prior = job.gaussians, job.prior
-    cameras = orbit(source, VIEWS, elevation=ELEVATION, azimuth=180 / VIEWS, size=prior.image_size, up=job.up)
     return change_report(
         source.to(prior.device),
         edited.to(prior.device),
         prior,
-        cameras,
+        views_of_model(job, VIEWS, azimuth=180 / VIEWS),
         job.config.prompt,
         job.source_prompt,
         bounds(source).radius,
@@ -404,40 +480,62 @@ def measure(job: Job, edited: Gaussians) -> Report:
 def draw_pairs(job: Job, folder: Path, edited: Gaussians) -> list[tuple[str, str]]:
     """Write renders/*.png, before and after, and turntable.mp4; return the paths of the pairs, within the folder."""
     from splatedit import media
-    from splatedit.cameras import orbit
 
-    trained = job.prior.image_size
-    size = max(trained, min(2 * trained, 512))  # larger than the model saw: shows what it could not see
     both = job.gaussians.to(job.prior.device), edited.to(job.prior.device)
-    cameras = orbit(job.gaussians, VIEWS, elevation=ELEVATION, size=size, up=job.up)
+    cameras, turn = views_of_pictures(job)
     before, after = (list(media.draw(g, cameras, job.background)) for g in both)
-    (folder / "renders").mkdir()
+    (folder / "renders").mkdir(exist_ok=True)
     pairs = []
-    for index in range(VIEWS):
+    for index in range(cameras.n):
         names = f"renders/{index:02d}_before.png", f"renders/{index:02d}_after.png"
         media.save_png(before[index], folder / names[0])
         media.save_png(after[index], folder / names[1])
         pairs.append(names)
-    media.save_png(media.sheet([*before, *after], VIEWS), folder / "renders" / "sheet.png")
-    turn = orbit(job.gaussians, FRAMES, elevation=ELEVATION, size=size, up=job.up)
+    media.save_png(media.sheet([*before, *after], cameras.n), folder / "renders" / "sheet.png")
     film = media.beside(*(media.draw(g, turn, job.background) for g in both))
-    media.save_frames(film, folder / "turntable.mp4", FPS)
+    media.save_frames(film, folder / "turntable.mp4", max(FPS * turn.n / FRAMES, 2))
     return pairs
+
+
+def views_of_model(job: Job, count: int, azimuth: float = 0.0) -> Cameras:
+    """Square views that the model is asked about: of the file's, at most `count` of those held out, else an orbit."""
+    from splatedit.cameras import orbit
+    from splatedit.captures import spread
+
+    size = job.prior.image_size
+    if job.capture is not None:
+        return job.capture.square(spread(job.capture.report, count), size)
+    return orbit(job.gaussians, count, elevation=ELEVATION, azimuth=azimuth, size=size, up=job.up)
+
+
+def views_of_pictures(job: Job) -> tuple[Cameras, Cameras]:
+    """Views of the pairs of pictures, and of the film: a turntable, or along the file's cameras in their own shape."""
+    from splatedit.cameras import orbit
+    from splatedit.captures import spread
+
+    trained = job.prior.image_size
+    size = max(trained, min(2 * trained, 512))  # larger than the model saw: shows what it could not see
+    if job.capture is not None:
+        chosen = spread(job.capture.report, VIEWS), spread(job.capture.views, FRAMES)
+        return job.capture.whole(chosen[0], size), job.capture.whole(chosen[1], size)
+    pictures, film = (orbit(job.gaussians, n, elevation=ELEVATION, size=size, up=job.up) for n in (VIEWS, FRAMES))
+    return pictures, film
 
 
 def facts(job: Job, log: Log) -> dict[str, Any]:
     """What run.json says of the run itself."""
     from splatedit.cameras import guess_up
-    from splatedit.files import sha256
 
     config, prior, done = job.config, job.prior, len(log.loss)
     scale = prior.default_scale(config.guidance) if config.guidance_scale is None else config.guidance_scale
     return {
         "scene": config.scene,
-        "sha256": sha256(config.scene),
+        "sha256": job.sha256,
         "splats": job.gaussians.n,
+        "splats_that_may_change": job.gaussians.n if job.mask is None else int(job.mask.sum()),
         "sh_degree": job.gaussians.sh_degree,
         "up": job.up or guess_up(job.gaussians),
+        "cameras": seen_from(job),
         "prompt": config.prompt,
         "source_prompt": job.source_prompt,
         "source_prompt_from": job.origin,
@@ -447,11 +545,31 @@ def facts(job: Job, log: Log) -> dict[str, Any]:
         "seed": config.seed,
         "steps": done,
         "steps_asked": config.steps,
+        "resumed_after": log.resumed,
         "seconds_per_step": {"all": log.wall / done, **{k: v / done for k, v in log.seconds.items()}},
         "source_seconds": log.before,
         "edit_seconds": log.wall,
         "device": device_name(prior.device),
         "versions": versions(),
+    }
+
+
+def seen_from(job: Job) -> dict[str, Any]:
+    """What run.json says of the cameras: where from, how many to edit from and held out, and what they see."""
+    from splatedit.captures import MOST
+
+    if job.capture is None:
+        name, views = rig(job.config.cameras)
+        return {"from": name, "edit": views or MOST, "held_out": 0}
+    file = job.capture.file
+    return {
+        "from": str(file.path),
+        "kind": file.kind,
+        "edit": len(job.capture.edit),
+        "held_out": job.capture.held_out,
+        "missing_pictures": file.missing,
+        "scene_in_view": job.capture.seen,
+        "moved_by": str(job.capture.moved_by) if job.capture.moved_by else None,
     }
 
 
@@ -500,6 +618,7 @@ def curve(log: Log) -> dict[str, list]:
 
 def write_json(content: Any, path: Path) -> None:
     """Write JSON that any parser reads (no NaN, no infinity), floats to six significant digits."""
+    from splatedit.files import atomic
 
     def short(value: Any) -> Any:
         if isinstance(value, dict):
@@ -508,17 +627,18 @@ def write_json(content: Any, path: Path) -> None:
             return [short(v) for v in value]
         return float(f"{value:.6g}") if isinstance(value, float) else value
 
-    path.write_text(json.dumps(short(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    with atomic(path) as stream:
+        stream.write((json.dumps(short(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
 
 
-def tell(console: Console, report: Report, prompt: str) -> None:
-    """The change report in a line, or a loud box with what to try."""
+def tell(console: Console, report: Report, prompt: str, count: int) -> None:
+    """The change report, over `count` views, in a line, or a loud box with what to try."""
     from rich.panel import Panel
 
-    views = round(report.prefers_target * VIEWS)
+    views = round(report.prefers_target * count)
     line = (
         f"{report.changed_share:.0%} of the splats changed, {report.psnr_to_source:.1f} dB to the source, "
-        f"the model prefers {prompt!r} in {views} of {VIEWS} views"
+        f"the model prefers {prompt!r} in {views} of {count} views"
     )
     if report.verdict == "changed":
         console.print(escape(f"changed: {line}"))

@@ -11,7 +11,8 @@ from rich.console import Console
 from splatedit import editing, files
 from splatedit.config import Config, load_config
 from splatedit.errors import InputError, Lost
-from splatedit.run import curve, mend, output_folder, run, slug, write_json
+from splatedit.folders import output_folder, slug
+from splatedit.run import curve, mend, run, write_json
 
 PARTS = {"render", "encode", "prior", "optimise"}
 
@@ -370,7 +371,7 @@ def test_a_source_cache_on_disk_lies_with_the_run_if_asked(config, few_frames):
 
 
 def test_curve_of_an_edit_without_drift():
-    from splatedit.run import Log
+    from splatedit.checkpoints import Log
 
-    log = Log(None, [1.0, math.nan], [math.inf, 20.0], [[], []], [[], []], {}, 0.5, 1.0, False)  # type: ignore[arg-type]
+    log = Log([1.0, math.nan], [math.inf, 20.0], [[], []], [[], []])
     assert curve(log) == {"loss": [1.0, None], "psnr": [None, 20.0]}

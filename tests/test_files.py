@@ -224,10 +224,8 @@ def test_the_order_of_columns_survives_another_degree_and_new_columns(tmp_path):
             assert (tmp_path / "c.ply").read_bytes() == (tmp_path / "a.ply").read_bytes()
 
 
-def test_many_rows_are_read_and_written_in_blocks_by_several_threads(tmp_path, monkeypatch):
+def test_many_rows_are_read_and_written_in_blocks_while_another_thread_waits_for_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(ply_file, "BLOCK", 5000)
-    monkeypatch.setattr(ply_file, "THREADS", 3)
-    monkeypatch.setattr(ply_file, "_cores", lambda: 3)
     for form in FORMATS:
         columns = splat_columns(n=1001, degree=1, normals=True) | {"id": np.arange(1001, dtype=np.uint16)}
         path = write(tmp_path / "a.ply", columns, form)

@@ -17,7 +17,7 @@ import torch
 
 from splatedit.errors import InputError
 from splatedit.formats.checks import check_write, unnamed_losses
-from splatedit.formats.ply_file import NAMES, PlyFile, table, write_tables
+from splatedit.formats.ply_file import NAMES, PlyFile, table, table_of, write_tables
 from splatedit.gaussians import SH_C0, SH_REST, Gaussians
 
 CHUNK = 256
@@ -184,10 +184,10 @@ def write_compressed_ply(gaussians: Gaussians, stream: IO[bytes], path: Path) ->
         _pack(unit["scales"], BITS_3),
         _pack(np.concatenate([unit["colours"], alpha[:, None]], 1), BITS_4),
     )
-    tables = {"chunk": chunks, "vertex": dict(zip(PACKED, packed, strict=True))}
+    tables = {"chunk": table_of(chunks), "vertex": table_of(dict(zip(PACKED, packed, strict=True)))}
     if k := values["shN"].shape[1]:
         steps = np.clip((values["shN"][order] / (2 * SH_LIMIT) + 0.5) * 256, 0, 255).astype(np.uint8)
-        tables["sh"] = {f"f_rest_{i}": steps[:, i % k, i // k] for i in range(3 * k)}
+        tables["sh"] = table_of({f"f_rest_{i}": steps[:, i % k, i // k] for i in range(3 * k)})
     write_tables(stream, tables, gaussians.comments, gaussians.obj_info)
 
 

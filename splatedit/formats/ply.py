@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -14,8 +14,18 @@ import torch
 from splatedit.errors import InputError, LossWarning
 from splatedit.formats.checks import check_write
 from splatedit.formats.compressed_ply import is_compressed, unpack
+from splatedit.formats.ply_file import (
+    FLOAT,
+    Element,
+    PlyFile,
+    Table,
+    open_ply,
+    read_rows,
+    table,
+    table_of,
+    write_tables,
+)
 from splatedit.formats.ply_file import NAMES as TYPE_NAMES
-from splatedit.formats.ply_file import Element, PlyFile, open_ply, read_rows, table, write_tables
 from splatedit.gaussians import SH_REST, Gaussians
 
 # Which columns make which tensor. f_rest_* is channel-major: all coefficients of red, then green, then blue.
@@ -69,36 +79,47 @@ def _read_columns(ply: PlyFile, vertex: Element, wanted: dict[str, tuple[str, ..
     values = {key: np.empty((n, len(names)), np.float32) for key, names in wanted.items()}
     extra = {name: np.empty(n, vertex.columns[name]) for name in vertex.columns if name not in used}
     # In the file all coefficients of red come first, in the tensor all colours of the first coefficient.
-    order = {**wanted, "shN": [name for triple in zip(*_thirds(wanted["shN"]), strict=True) for name in triple]}
-    doubles = [name for name in used if vertex.columns[name] == "f8"]
-    unsound, rounded = [], []  # filled by several threads; any entry means yes
-
-    def take(first: int, block: np.ndarray) -> None:
+    k = len(wanted["shN"]) // 3
+    order = {**wanted, "shN": tuple(wanted["shN"][i % 3 * k + i // 3] for i in range(3 * k))}
+    doubles = sorted(name for name in used if vertex.columns[name] == "f8")
+    pick = _picking(vertex.dtype(ply.order), order)
+    sound, rounded = True, False
+    for first, block in read_rows(ply, "vertex"):
         rows = slice(first, first + len(block))
-        with np.errstate(over="ignore"):  # a double beyond float32 becomes Inf and is reported as such
-            for key, names in order.items():
-                part = values[key][rows]
-                for i, name in enumerate(names):
-                    part[:, i] = block[name]
-                if not _sound(key, part):
-                    unsound.append(key)
-            if not rounded and any((block[name].astype(np.float32) != block[name]).any() for name in doubles):
-                rounded.append(first)
+        parts = {key: value[rows] for key, value in values.items()}
+        pick(block, parts)
+        sound = sound and all(_sound(key, part) for key, part in parts.items())
+        rounded = rounded or any((block[name].astype(np.float32) != block[name]).any() for name in doubles)
         for name, column in extra.items():
             column[rows] = block[name]
-
-    read_rows(ply, "vertex", take)
-    if unsound:
+    if not sound:
         raise _unsound(ply.path, values, order)
     if rounded:
-        text = f"{ply.path}: double columns ({', '.join(sorted(doubles)[:3])} ...) are rounded to float32."
+        text = f"{ply.path}: double columns ({', '.join(doubles[:3])} ...) are rounded to float32."
         warnings.warn(text, LossWarning, stacklevel=2)
     return values, extra
 
 
-def _thirds(names: tuple[str, ...]) -> list[tuple[str, ...]]:
-    k = len(names) // 3
-    return [names[:k], names[k : 2 * k], names[2 * k :]]
+def _picking(dtype: np.dtype, order: dict[str, tuple[str, ...]]) -> Callable[[np.ndarray, dict[str, np.ndarray]], None]:
+    """The function that puts the columns of a block into (rows, columns) arrays; floats alone go the fast way."""
+
+    def by_column(block: np.ndarray, parts: dict[str, np.ndarray]) -> None:
+        with np.errstate(over="ignore"):  # a double beyond float32 becomes Inf and is reported as such
+            for key, names in order.items():
+                for i, name in enumerate(names):
+                    parts[key][:, i] = block[name]
+
+    columns = list(dtype.names or ())
+    if not FLOAT.isnative or any(dtype[name] != FLOAT for name in columns):
+        return by_column
+    indices = {key: torch.tensor([columns.index(name) for name in names]) for key, names in order.items() if names}
+
+    def by_row(block: np.ndarray, parts: dict[str, np.ndarray]) -> None:
+        matrix = torch.from_numpy(block.view(FLOAT).reshape(len(block), -1))
+        for key, index in indices.items():
+            torch.index_select(matrix, 1, index, out=torch.from_numpy(parts[key]))
+
+    return by_row
 
 
 def _sound(key: str, part: np.ndarray) -> bool:
@@ -117,9 +138,10 @@ def write_ply(gaussians: Gaussians, stream: IO[bytes], path: Path) -> None:
     of zero, because several viewers count on them. Read and written again, a plain binary little-endian file of
     float32 parameters is the same byte for byte.
     """
-    columns = _columns_out(gaussians, path)
-    others = {name: {key: data[key] for key in data.dtype.names or ()} for name, data in gaussians.elements.items()}
-    write_tables(stream, {"vertex": columns, **others}, gaussians.comments, gaussians.obj_info)
+    others = {
+        name: table_of({key: data[key] for key in data.dtype.names or ()}) for name, data in gaussians.elements.items()
+    }
+    write_tables(stream, {"vertex": _vertex_out(gaussians, path), **others}, gaussians.comments, gaussians.obj_info)
 
 
 def ply_losses(gaussians: Gaussians) -> list[str]:
@@ -191,7 +213,7 @@ def _check_column(path: Path, vertex: Element, name: str) -> None:
         )
 
 
-def _unsound(path: Path, values: dict[str, np.ndarray], names: dict[str, Sequence[str]]) -> InputError:
+def _unsound(path: Path, values: dict[str, np.ndarray], names: dict[str, tuple[str, ...]]) -> InputError:
     """The first row that holds NaN or Inf, or a quaternion of length 0."""
     bad = {key: ~np.isfinite(array) for key, array in values.items()}
     rows = np.stack([mask.any(1) for mask in bad.values()]).any(0)
@@ -212,18 +234,20 @@ def _unsound(path: Path, values: dict[str, np.ndarray], names: dict[str, Sequenc
     )
 
 
-def _columns_out(gaussians: Gaussians, path: Path) -> dict[str, np.ndarray]:
-    """All columns by name in the order they are written; raises InputError for what no PLY can hold."""
+def _vertex_out(gaussians: Gaussians, path: Path) -> Table:
+    """All columns in the order they are written; raises InputError for what no PLY can hold."""
     values = check_write(gaussians, path)
-    n = gaussians.n
-    columns = {name: values[key].reshape(n, -1)[:, i] for key, names in COLUMNS.items() for i, name in enumerate(names)}
-    shN = values["shN"].transpose(0, 2, 1)
-    k = shN.shape[2]
-    columns |= {f"f_rest_{i}": shN[:, i // k, i % k] for i in range(3 * k)}
+    n, k = values["shN"].shape[:2]
     extra = _extra_out(gaussians, path)
-    columns |= dict.fromkeys((name for name in NORMALS if name not in extra), np.broadcast_to(np.float32(0), n))
-    columns |= extra
-    return {name: columns[name] for name in _order_out(gaussians, extra)}
+    parts: list[tuple[Sequence[str], np.ndarray]] = [
+        (names, values[key].reshape(n, len(names))) for key, names in COLUMNS.items()
+    ]
+    parts += [([f"f_rest_{i % 3 * k + i // 3}" for i in range(3 * k)], values["shN"].reshape(n, 3 * k))]
+    parts += [((name,), column[:, None]) for name, column in extra.items()]
+    order = _order_out(gaussians, extra)
+    zeros = [name for name in NORMALS if name in order and name not in extra]
+    parts += [(zeros, np.zeros((1, len(zeros)), np.float32).repeat(n, 0))] if zeros else []
+    return Table(parts, order)
 
 
 def _order_out(gaussians: Gaussians, extra: dict[str, np.ndarray]) -> list[str]:

@@ -1,6 +1,6 @@
 """The PLY container: its header, and its rows in and out in blocks; what the columns mean is none of its business.
 
-Greg Turk's "The PLY Polygon File Format" (1994). Rows of a binary file are read and arranged by several threads.
+Greg Turk's "The PLY Polygon File Format" (1994). A file is read and written by one thread, arranged by others.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ MAGIC = {
 }
 HEADER = 1 << 20  # bytes; a header of INRIA's is 1500
 BLOCK = 2 << 20  # bytes of rows handled at once: large enough for numpy's loops, small enough for a core's cache
-THREADS = 4  # at most; reading is bound by memory
+FLOAT = np.dtype("<f4")  # what nearly all columns are; on a big-endian machine the fast ways are closed
 
 
 class Element(NamedTuple):
@@ -59,9 +59,6 @@ class PlyFile(NamedTuple):
     comments: tuple[str, ...]  # all of them, wherever they stand
     obj_info: tuple[str, ...]
     start: int  # byte at which the rows begin
-
-
-Take = Callable[[int, np.ndarray], None]  # (number of the first row, structured rows in the file's byte order)
 
 
 def open_ply(path: Path) -> PlyFile:
@@ -170,55 +167,71 @@ def table(ply: PlyFile, name: str) -> np.ndarray:
     """All rows of an element as a structured array in this machine's byte order."""
     element = ply.elements[name]
     out = np.empty(element.count, element.dtype())
-
-    def take(first: int, block: np.ndarray) -> None:
-        out[first : first + len(block)] = block
-
-    read_rows(ply, name, take)
+    for first, rows in read_rows(ply, name):
+        out[first : first + len(rows)] = rows
     return out
 
 
-def read_rows(ply: PlyFile, name: str, take: Take) -> None:
-    """Hand all rows of an element to `take`, block by block: of a binary file in any order and from several threads.
+def read_rows(ply: PlyFile, name: str) -> Iterator[tuple[int, np.ndarray]]:
+    """The rows of an element block by block: (number of the first, structured array in the file's byte order).
 
-    A block is overwritten when `take` returns. Raises InputError with element, row and property.
+    A block is overwritten later: copy what is kept. Raises InputError with element, row and property.
     """
     element = ply.elements[name]
     if not element.columns or not element.count:
-        return
-    if not ply.order:
-        _read_ascii(ply, element, take)
-        return
+        return iter(())
+    return _binary_rows(ply, element) if ply.order else _ascii_rows(ply, element)
+
+
+def _binary_rows(ply: PlyFile, element: Element) -> Iterator[tuple[int, np.ndarray]]:
+    """While one block is worked on, the next one is read."""
     dtype = element.dtype(ply.order)
-    before = list(ply.elements.values())[: list(ply.elements).index(name)]
-    start = ply.start + sum(e.count * e.dtype().itemsize for e in before)
+    before = list(ply.elements.values())[: list(ply.elements).index(element.name)]
     step = max(1, BLOCK // dtype.itemsize)
-    workers = max(1, min(THREADS, _cores(), element.count // step))
-    edges = [element.count * i // workers for i in range(workers + 1)]
+    firsts = range(0, element.count, step)
+    buffers = [np.empty(min(step, element.count), dtype) for _ in range(min(2, len(firsts)))]
 
-    def work(part: int) -> None:
-        block = np.empty(step, dtype)
-        with open(ply.path, "rb", buffering=0) as stream:
-            stream.seek(start + edges[part] * dtype.itemsize)
-            for first in range(edges[part], edges[part + 1], step):
-                rows = block[: min(step, edges[part + 1] - first)]
-                got = stream.readinto(rows.view(np.uint8))  # pyright: ignore[reportArgumentType]
-                if got < rows.nbytes:  # somebody writes to the file right now
-                    raise short(ply, element, first + got // dtype.itemsize)
-                take(first, rows)
+    def read(index: int) -> np.ndarray:
+        first = firsts[index]
+        rows = buffers[index % 2][: element.count - first]
+        got = stream.readinto(rows.view(np.uint8))  # pyright: ignore[reportArgumentType]
+        if got < rows.nbytes:  # somebody writes to the file right now
+            raise short(ply, element, first + got // dtype.itemsize)
+        return rows
 
-    if workers == 1:
-        work(0)
-    else:
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(work, range(workers)))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with open(ply.path, "rb", buffering=0) as stream, Ahead(len(firsts) > 1) as ahead:
+        stream.seek(ply.start + sum(e.count * e.dtype().itemsize for e in before))
+        coming = ahead.submit(read, 0)
+        for index, first in enumerate(firsts):
+            rows = coming.result()
+            if index + 1 < len(firsts):
+                coming = ahead.submit(read, index + 1)
+            yield first, rows
 
 
-def _read_ascii(ply: PlyFile, element: Element, take: Take) -> None:
+class Ahead:
+    """One thread for reading or writing while the caller computes; without it, calls are made at once."""
+
+    def __init__(self, threaded: bool) -> None:
+        self.pool = ThreadPoolExecutor(1) if threaded else None
+
+    def submit(self, f: Callable[..., Any], *args: Any) -> Future:
+        """The result of `f(*args)`, later."""
+        if self.pool is not None:
+            return self.pool.submit(f, *args)
+        done: Future = Future()
+        done.set_result(f(*args))
+        return done
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown()
+
+
+def _ascii_rows(ply: PlyFile, element: Element) -> Iterator[tuple[int, np.ndarray]]:
     """One line is one row. Numbers are read as doubles, which hold every number of every other type exactly."""
     step = max(1, BLOCK // (8 * len(element.columns)))
     with open(ply.path, "rb") as stream:
@@ -229,7 +242,7 @@ def _read_ascii(ply: PlyFile, element: Element, take: Take) -> None:
             deque(islice(stream, other.count), maxlen=0)
         for first in range(0, element.count, step):
             lines = list(islice(stream, min(step, element.count - first)))
-            take(first, _numbers(ply, element, lines, first))
+            yield first, _numbers(ply, element, lines, first)
             if len(lines) < min(step, element.count - first):
                 raise short(ply, element, first + len(lines))
 
@@ -281,47 +294,81 @@ def _odd_number(ply: PlyFile, element: Element, row: int, name: str, found: str)
 
 # --------------------------------------------------------------------------------------------------------------- out
 
-Tables = dict[str, dict[str, np.ndarray]]  # element to column to numbers, in the order of the file
+
+class Table(NamedTuple):
+    """An element to write: columns side by side in arrays, and the order in which they are written."""
+
+    parts: list[tuple[Sequence[str], np.ndarray]]  # names of the columns, (n, columns)
+    order: list[str]
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """Each column by name in the order of the file, (n,) views."""
+        found = {name: part[:, i] for names, part in self.parts for i, name in enumerate(names)}
+        return {name: found[name] for name in self.order}
 
 
-def write_tables(stream: IO[bytes], tables: Tables, comments: tuple[str, ...], obj_info: tuple[str, ...] = ()) -> None:
+def table_of(columns: Mapping[str, np.ndarray]) -> Table:
+    """A table from single columns, (n,) each."""
+    return Table([((name,), column[:, None]) for name, column in columns.items()], list(columns))
+
+
+def write_tables(
+    stream: IO[bytes], tables: Mapping[str, Table], comments: Sequence[str], obj_info: Sequence[str] = ()
+) -> None:
     """Write little-endian binary PLY; names have to be legal already, comments are made so."""
     lines = ["ply", "format binary_little_endian 1.0"]
     lines += [f"comment {_plain(text)}" for text in comments]
     lines += [f"obj_info {_plain(text)}" for text in obj_info]
-    for name, columns in tables.items():
-        lines += [f"element {name} {len(next(iter(columns.values()))) if columns else 0}"]
-        lines += [f"property {NAMES[column.dtype.str[1:]]} {key}" for key, column in columns.items()]
+    for name, element in tables.items():
+        lines += [f"element {name} {len(element.parts[0][1]) if element.parts else 0}"]
+        lines += [f"property {NAMES[column.dtype.str[1:]]} {key}" for key, column in element.columns.items()]
     stream.write("\n".join([*lines, "end_header\n"]).encode("ascii"))
-    for columns in tables.values():
-        for block in _blocks(columns):
-            stream.write(block)
+    for element in tables.values():
+        _write_rows(stream, element)
 
 
-def _blocks(columns: dict[str, np.ndarray]) -> Iterator[Any]:
-    """The rows as bytes, block by block; the next ones are arranged by other threads meanwhile."""
-    count = len(next(iter(columns.values()))) if columns else 0
-    dtype = np.dtype([(name, column.dtype.newbyteorder("<")) for name, column in columns.items()])
+def _write_rows(stream: IO[bytes], element: Table) -> None:
+    """While one block is written, the next one is arranged."""
+    count = len(element.parts[0][1]) if element.parts else 0
+    dtype = np.dtype([(name, column.dtype.newbyteorder("<")) for name, column in element.columns.items()])
     step = max(1, BLOCK // max(1, dtype.itemsize))
+    firsts = range(0, count, step)
+    buffers = [np.empty(min(step, count), dtype) for _ in range(min(2, len(firsts)))]
+    arrange = _arrangement(element, dtype)
+    with Ahead(len(firsts) > 1) as ahead:
+        written = None
+        for index, first in enumerate(firsts):
+            block = buffers[index % 2][: count - first]
+            arrange(first, block)
+            if written is not None:
+                written.result()
+            written = ahead.submit(stream.write, block.view(np.uint8))
+        if written is not None:
+            written.result()
 
-    def arranged(first: int) -> np.ndarray:
-        block = np.empty(min(step, count - first), dtype)
-        for name, column in columns.items():
+
+def _arrangement(element: Table, dtype: np.dtype) -> Callable[[int, np.ndarray], None]:
+    """The function that fills a block with the rows from a given one on; floats alone go the fast way."""
+    import torch
+
+    def by_column(first: int, block: np.ndarray) -> None:
+        for name, column in element.columns.items():
             block[name] = column[first : first + len(block)]
-        return block.view(np.uint8)
 
-    if count <= step:
-        yield from (arranged(first) for first in range(0, count, step))
-        return
-    workers = min(THREADS, _cores())
-    with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[Future] = deque()
-        for first in range(0, count, step):
-            ahead.append(pool.submit(arranged, first))
-            if len(ahead) > workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+    if any(part.dtype != FLOAT for _, part in element.parts):
+        return by_column
+    names = [name for names, _ in element.parts for name in names]
+    order = torch.tensor([names.index(name) for name in element.order])
+    parts = [torch.from_numpy(part) for _, part in element.parts if part.shape[1]]
+    beside = torch.empty(max(1, BLOCK // dtype.itemsize), len(names))
+
+    def by_row(first: int, block: np.ndarray) -> None:
+        m = len(block)
+        together = torch.cat([part[first : first + m] for part in parts], 1, out=beside[:m])
+        torch.index_select(together, 1, order, out=torch.from_numpy(block.view(FLOAT).reshape(m, -1)))
+
+    return by_row
 
 
 def _plain(text: str) -> str:

@@ -14,9 +14,11 @@ def describe(path: str | Path) -> dict[str, Any]:
     """Facts about a splat file as plain numbers, strings, lists and dicts, fit for JSON.
 
     Opacities are in [0, 1], scales are standard deviations in world units (of the longest axis), percentiles are keyed
-    by PERCENTILES as text. `up` is the sidecar's if it names one. Raises InputError as `files.load` and `sidecar` do.
+    by PERCENTILES as text. `up` is the sidecar's if it names one; `cameras` says which file beside the scene an edit
+    would look from, or why it would not. Raises InputError as `files.load` and `sidecar` do.
     """
     from splatedit.cameras import bounds, explain_up
+    from splatedit.captures import find_capture
     from splatedit.files import load, sidecar
 
     gaussians, beside = load(path), sidecar(path)
@@ -33,6 +35,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "box": {"low": _rounded(means.amin(0).tolist()), "high": _rounded(means.amax(0).tolist())},
         "up": up,
         "up_because": why,
+        "cameras": find_capture("auto", path, gaussians)[1].removeprefix("cameras: ") or None,
         "opacity": _percentiles(gaussians.opacities.double().sigmoid().numpy()),
         "scale": _percentiles(gaussians.scales.double().exp().amax(1).numpy()),
         "extra": {name: str(column.dtype) for name, column in gaussians.extra.items()},
@@ -54,6 +57,7 @@ def format(description: dict[str, Any]) -> str:
         ("bounds", f"centre {_numbers(description['bounds']['centre'])}, radius {description['bounds']['radius']:.4g}"),
         ("all within", f"{_numbers(low)} to {_numbers(high)}"),
         ("up", f"{description['up']} ({description['up_because']})"),
+        *([("cameras", description["cameras"])] if description["cameras"] else []),
         ("opacity", _spread(description["opacity"])),
         ("scale", _spread(description["scale"])),
         ("extra", ", ".join(f"{k} {v}" for k, v in description["extra"].items()) or "none"),

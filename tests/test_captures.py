@@ -1,17 +1,26 @@
 """The cameras of a scene: found, brought into its world, split as the trainers do, held against the splats."""
 
+import io
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from rich.console import Console
 
 from splatedit.camera_files import FLIP, CameraFile, View, save_cameras
 from splatedit.cameras import bounds, dome, orbit
 from splatedit.captures import apparent_size, describe, find_capture, in_view, load_capture, split, spread
+from splatedit.cli import main
+from splatedit.config import Config
 from splatedit.errors import InputError
 from splatedit.lenses import Lens
+from splatedit.media import to_bytes
 from splatedit.render import render
+from splatedit.run import find_views
 
 SQUARE = Lens(64, 64, 80.0, 80.0, 32.0, 32.0)
 
@@ -126,3 +135,80 @@ def test_a_nerfstudio_scene_is_seen_from_where_it_was_trained(cloud, tmp_path):
         (tmp_path / "run" / "dataparser_transforms.json").write_text(json.dumps(broken))
         with pytest.raises(InputError, match=r"dataparser_transforms\.json: "):
             load_capture(tmp_path / "data", cloud, scene)
+
+
+# ------------------------------------------------------------------------------------------------- what a user does
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Run the command line in this process; returns exit status, stdout, stderr."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["splatedit", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capfd.readouterr()
+        return end.value.code, out, err
+
+    return call
+
+
+def test_a_run_looks_from_the_cameras_beside_its_scene(call, cloud, scene_file, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("splatedit.run.FRAMES", 6)
+    save_cameras(dome(cloud, 20, size=(64, 48)), tmp_path / "cameras.json")
+    words = [scene_file, "a pig", "--model", tiny_model, "-o", tmp_path / "out", "--src-prompt", "a cat"]
+    status, out, err = call("run", *words, "--steps", "2", "cameras_most=5", "--device", "cpu")
+    assert status in (0, 3), err
+    assert "cameras.json (INRIA cameras.json, 64x48): 5 of 17 to edit from, 3 held out" in err
+    folder = Path(out.strip()).parent
+    record = json.loads((folder / "run.json").read_text())["cameras"]
+    assert record["from"] == str(tmp_path / "cameras.json") and record["scene_in_view"] == 1
+    assert (record["edit"], record["held_out"], record["missing_pictures"]) == (5, 3, 0)
+    pictures = sorted(p.name for p in (folder / "renders").glob("*_after.png"))
+    assert pictures == ["00_after.png", "01_after.png", "02_after.png"], "one for each view held out"
+    with Image.open(folder / "renders" / "00_before.png") as image:
+        assert image.size == (round(64 * 64 / 48), 64), "the shape of the views, the shorter edge twice the model's"
+    assert "of 3 views" in err
+
+
+def test_a_rig_that_is_asked_for_looks_beside_nothing(cloud, scene_file, tmp_path):
+    save_cameras(dome(cloud, 20), tmp_path / "cameras.json")
+    quiet = Console(file=io.StringIO())
+    assert find_views(Config(scene=str(scene_file), cameras="orbit:2"), cloud, quiet) is None
+    assert quiet.file.getvalue() == "" and find_views(Config(scene=str(scene_file)), cloud, quiet) is not None
+
+
+def test_cameras_of_another_scene_end_a_run_at_once(call, cloud, scene_file, tiny_model, tmp_path):
+    save_cameras(orbit(cloud._replace(means=cloud.means + 100), 4), tmp_path / "far.json")
+    words = [scene_file, "a pig", "--model", tiny_model, "-o", tmp_path / "out", "--cameras", tmp_path / "far.json"]
+    status, out, err = call("run", *words)
+    assert status == 2 and out == "" and not (tmp_path / "out").exists()
+    assert "far.json: the 4 cameras have 0.0% of the scene in view, 4 of them nothing" in err
+    assert len([line for line in err.splitlines() if "error" in line]) == 1
+
+
+def test_render_draws_from_a_file_of_cameras(call, cloud, scene_file, tmp_path):
+    cameras = dome(cloud, 9, size=(64, 48))
+    save_cameras(cameras, tmp_path / "transforms.json")
+    words = ["render", scene_file, "--cameras", tmp_path / "transforms.json"]
+    status, out, err = call(*words, "-o", tmp_path / "all", "--size", "48")
+    assert (status, out) == (0, f"{tmp_path / 'all'}\n"), err
+    assert len(list((tmp_path / "all").iterdir())) == 9, "those held out for reports too"
+    expected = to_bytes(render(cloud, cameras).rgb)
+    for index in (0, 8):
+        drawn = np.asarray(Image.open(tmp_path / "all" / f"{index:03d}.png")).astype(int)
+        assert np.abs(drawn - expected[index]).max() <= 1
+    assert call(*words, "-o", tmp_path / "few", "--frames", "3", "--size", "24x24")[0] == 0
+    assert len(list((tmp_path / "few").iterdir())) == 3
+    with Image.open(tmp_path / "few" / "000.png") as image:
+        assert image.size == (24, 24)
+    status, _, err = call(*words, "-o", tmp_path / "none", "--fov", "30")
+    assert status == 2 and "--fov: has no meaning with --cameras" in err and not (tmp_path / "none").exists()
+
+
+def test_info_names_the_cameras_beside_a_scene(call, cloud, scene_file, tmp_path):
+    assert "\ncameras " not in call("info", scene_file)[1]
+    save_cameras(dome(cloud, 9), tmp_path / "cameras.json")
+    status, out, _ = call("info", scene_file)
+    assert status == 0 and "9 of " in out and "7 to edit from, 2 held out" in out

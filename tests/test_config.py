@@ -3,7 +3,20 @@ from dataclasses import asdict, fields
 
 import pytest
 
-from splatedit.config import GUIDANCES, KEYS, RIGS, SOLVERS, TEXT, UPS, WEIGHTS, Config, load_config, rig, save_config
+from splatedit.config import (
+    GUIDANCES,
+    KEYS,
+    RIGS,
+    SOLVERS,
+    TEXT,
+    UPS,
+    WEIGHTS,
+    Config,
+    is_rig,
+    load_config,
+    rig,
+    save_config,
+)
 from splatedit.errors import InputError
 
 
@@ -112,7 +125,8 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_rigs_with_and_without_a_number():
-    assert rig("dome") == ("dome", None) and rig("orbit:12") == ("orbit", 12)
+    assert rig("dome") == rig("auto") == ("dome", None) and rig("orbit:12") == ("orbit", 12)
+    assert all(map(is_rig, ("auto", "dome", "orbit:12"))) and not is_rig("transforms.json") and not is_rig("data/dome")
 
 
 def test_every_key_has_a_sentence_and_text_keys_are_text():
@@ -123,6 +137,7 @@ def test_every_key_has_a_sentence_and_text_keys_are_text():
 def test_defaults_are_those_of_the_code_below():
     from splatedit.cameras import RIGS as rigs
     from splatedit.cameras import UPS as ups
+    from splatedit.captures import EVERY, MOST
     from splatedit.editing import edit
     from splatedit.fpr import SOLVERS as solvers
     from splatedit.guidance import GUIDANCE
@@ -133,7 +148,9 @@ def test_defaults_are_those_of_the_code_below():
     assert set(GUIDANCES) == set(GUIDANCE) and set(RIGS) == set(rigs) and tuple(UPS) == tuple(ups)
     defaults = {k: p.default for k, p in inspect.signature(edit).parameters.items()}
     ours = {k: tuple(v) if isinstance(v, list) else v for k, v in asdict(Config()).items()}
-    for name in defaults.keys() & ours.keys() - {"prompt"}:
+    assert (ours["cameras"], defaults["cameras"]) == ("auto", "dome"), "a run can look beside its file, `edit` cannot"
+    assert (ours["cameras_held_out"], ours["cameras_most"]) == (EVERY, MOST) and defaults["views"] == MOST
+    for name in defaults.keys() & ours.keys() - {"prompt", "cameras"}:
         assert ours[name] == defaults[name], name
     for name, value in defaults["rates"]._asdict().items():
         assert ours[f"lr_{name}"] == value, name

@@ -161,12 +161,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
     from omegaconf import OmegaConf
 
+    from splatedit.formats.limits import check_yaml
+
     try:
+        check_yaml(path)
         loaded = OmegaConf.load(path)
+    except InputError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise InputError(f"{path}: cannot be read ({reason}); expected a yaml file of key: value lines.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
         raise InputError(f"{path}:{line} not valid yaml; expected key: value lines, as in config.yaml.") from None

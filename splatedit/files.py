@@ -8,13 +8,14 @@ import os
 import secrets
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from splatedit.cameras import UPS
 from splatedit.errors import InputError, LossWarning
 from splatedit.formats import endings, format_of
+from splatedit.formats.limits import check_yaml
 from splatedit.gaussians import Gaussians
 
 ELSEWHERE = {".splat", ".ksplat", ".spz", ".sog", ".lcc", ".json"}  # what splat-transform turns into .ply
@@ -77,10 +78,21 @@ def atomic(path: str | Path) -> Iterator[IO[bytes]]:
         if final.exists():
             os.chmod(part, final.stat().st_mode & 0o777)
         os.replace(part, final)
+        sync_folder(final.parent)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}).") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk, so that a power cut does not bring back the old file."""
+    with suppress(OSError):  # not every system can
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 # ------------------------------------------------------------------------------------------------- beside the file
@@ -102,8 +114,11 @@ def sidecar(path: str | Path) -> Sidecar:
     if not path.name or not beside.is_file():
         return Sidecar()
     try:
+        check_yaml(beside)
         content = yaml.safe_load(beside.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+    except InputError:
+        raise
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise InputError(f"{beside}: not readable as yaml ({' '.join(str(error).split())}).") from error
     if content is None:
         return Sidecar()

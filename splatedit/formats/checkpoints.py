@@ -43,7 +43,7 @@ NAMES = NUMPY | {
 }
 RECORDS = 20_000  # files in the zip that torch.save writes: one for each tensor
 PICKLE = 1 << 24  # bytes of the pickle itself, which holds no tensor
-TUPLES = 10_000  # in one pickle: hashing a tuple nested deeper than that overflows the stack
+TUPLES = 50_000  # in one pickle: hashing a tuple nested 100,000 deep overflows the stack
 
 # The rest of each parameter's shape behind the number of Gaussians; None is any whole SH degree.
 SHAPES: dict[str, tuple[tuple[int | None, ...], ...]] = {

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -83,13 +81,13 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """What `write_checkpoint` was given, on the CPU, without running any code of the file; raises InputError."""
-    import torch
+    from splatedit.formats.checkpoints import load_tensors
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path, mapped=False)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from None
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
+    except InputError:
         raise InputError(f"{path}: damaged, or not a checkpoint; delete it to begin at the first step again.") from None
     if not isinstance(content, dict) or not {"step", "config", "sha256", "log"} <= content.keys():
         raise InputError(f"{path}: not a checkpoint of `splatedit run`; expected ckpts/last.pt of an outputs folder.")
@@ -115,6 +113,12 @@ def check_same(saved: dict[str, Any], config: Config, sha256: str) -> None:
             f"--resume: {config.scene} has changed since the run began (sha256 {sha256[:12]}..., then "
             f"{saved['sha256'][:12]}...); give the file as it was, or run anew."
         )
+
+
+def check_cameras(saved: dict[str, Any], cameras: str | None) -> None:
+    """Raise InputError if the cameras that a file gives, by their digest, are others than when the run began."""
+    if saved["cameras"] != cameras:
+        raise InputError("--resume: the file of cameras has changed since the run began; restore it, or run anew.")
 
 
 class Keeper:

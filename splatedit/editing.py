@@ -240,6 +240,8 @@ def restore(state: dict[str, Any], parts: Parts, steps: int) -> int:
     """Put back what `state` gave and return the index of the next step; raises InputError if it is of another edit."""
     if state["step"] > steps:
         raise InputError(f"resume: the state is of {state['step']} steps, but steps is {steps}; give as many or more.")
+    if state["generator"].shape != parts.generator.get_state().shape:
+        raise InputError("resume: the state was made on another kind of device (CPU or CUDA); go on there, see device.")
     parts.scene.load_state_dict(state)
     parts.grower.load_state_dict(state)
     parts.distiller.load_state_dict(state)

@@ -7,25 +7,26 @@ import hashlib
 import os
 import secrets
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from splatedit.cameras import UPS
 from splatedit.errors import InputError, LossWarning
-from splatedit.formats import endings, format_of
+from splatedit.formats import Format, endings, format_of
 from splatedit.formats.limits import check_yaml
 from splatedit.gaussians import Gaussians
 
-ELSEWHERE = {".splat", ".ksplat", ".spz", ".sog", ".lcc", ".json"}  # what splat-transform turns into .ply
+ELSEWHERE = {".ksplat", ".lcc"}  # what splat-transform turns into .ply
 
 
 def load(path: str | Path) -> Gaussians:
     """Read a splat file; raises InputError, one line, for anything that is not a sound splat scene.
 
-    What the ending says, see `formats.FORMATS`. Of a .ply doubles become float32, values are otherwise kept bit for
-    bit: other columns in `extra` with their dtype, header comments in `comments`, other elements in `elements`.
+    The ending says what it is, see `formats.FORMATS`. Of a .ply doubles become float32, values are otherwise kept bit
+    for bit: other columns in `extra` with their dtype, header comments in `comments`, other elements in `elements`, the
+    order of all columns in `layout`.
     """
     path = Path(path).expanduser()
     try:
@@ -45,19 +46,24 @@ def load(path: str | Path) -> Gaussians:
 def save(gaussians: Gaussians, path: str | Path) -> None:
     """Write a splat file of the kind its ending says, atomically: the target is either untouched or complete.
 
-    A .ply is little-endian and binary, in INRIA's column order, then the extra columns; missing normals are written as
-    zeros, because several viewers count on them. What the format cannot hold is said by a LossWarning. Raises
+    A .ply is little-endian and binary, its columns in the order of the file they came from, else in INRIA's. What the format cannot hold is said by a LossWarning. Raises
     InputError if the target cannot be written or the scene is unsound.
     """
     path = Path(path).expanduser()
+    form, write = check_target(path)
+    with atomic(path) as stream:
+        write(gaussians, stream, path)
+    if losses := form.losses(gaussians):
+        warnings.warn(f"{path}: {form.name} cannot hold {_list(losses)}.", LossWarning, stacklevel=2)
+
+
+def check_target(path: Path) -> tuple[Format, Callable[[Gaussians, IO[bytes], Path], None]]:
+    """The format of a file to be written and its writer; raises InputError if there is none."""
     form = format_of(path)
     if form is None or form.write is None:
         found = path.suffix.lower() or "nameless"
         raise InputError(f"{path}: cannot write a {found} file, only {_list(endings(write=True))}; rename the target.")
-    with atomic(path) as stream:
-        form.write(gaussians, stream, path)
-    if losses := form.losses(gaussians):
-        warnings.warn(f"{path}: {form.name} cannot hold {_list(losses)}.", LossWarning, stacklevel=2)
+    return form, form.write
 
 
 @contextmanager
@@ -106,11 +112,16 @@ class Sidecar(NamedTuple):
 
 
 def sidecar(path: str | Path) -> Sidecar:
-    """Read `<stem>.yaml` beside a scene, if there is one; raises InputError for an unknown key or a bad value."""
+    """Read `<stem>.yaml` beside a scene, if there is one; raises InputError for an unknown key or a bad value.
+
+    The stem of `cat.compressed.ply` is `cat.compressed`, else `cat`.
+    """
     import yaml
 
     path = Path(path).expanduser()
     beside = path.parent / f"{path.stem}.yaml"
+    if not beside.is_file() and path.suffixes[-2:-1] == [".compressed"]:
+        beside = path.parent / f"{Path(path.stem).stem}.yaml"
     if not path.name or not beside.is_file():
         return Sidecar()
     try:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from splatedit import __version__, folders
-from splatedit.checkpoints import Keeper, Log, check_same, patience, read_checkpoint
+from splatedit.checkpoints import Keeper, Log, check_cameras, check_same, patience, read_checkpoint
 from splatedit.config import Config, check, colour, is_rig, rig, save_config
 from splatedit.errors import InputError, Lost
 from splatedit.folders import CHECKPOINT, clean, find, finished, in_use, locked, output_folder
@@ -114,6 +114,8 @@ def run(
             stream.write(shlex.join(command or sys.argv) + "\n")
         job = prepare(config, console, saved)._replace(folder=folder, saved=saved, sha256=digest)
         job = job._replace(mask=mask_settings.of(job, console))
+        if saved is not None:
+            check_cameras(saved, head(job)["cameras"])
         keeper = Keeper(folder / CHECKPOINT, head(job), config.checkpoint_every, partial(warn, console))
         with kept(folder, console):
             log = optimise(job, console, keeper)
@@ -174,12 +176,15 @@ def kept(folder: Path, console: Console) -> Iterator[None]:
 
 def head(job: Job) -> dict[str, Any]:
     """What every checkpoint of a run holds beside the state of the edit."""
+    from splatedit.source_cache import digest
+
     return {
         "config": asdict(job.config),
         "sha256": job.sha256,
         "source_prompt": job.source_prompt,
         "origin": job.origin,
         "up": job.up,
+        "cameras": None if job.capture is None else digest(*cameras_of_edit(job)["cameras"]),
         "versions": versions(),
     }
 
@@ -302,10 +307,13 @@ def optimise(job: Job, console: Console, keeper: Keeper) -> Log:
 
 def options(job: Job) -> dict[str, Any]:
     """The settings that `edit` takes, under its names and in its types."""
-    from splatedit.scenes import Rates
+    from splatedit.growth import Growth
+    from splatedit.scenes import Hold, Rates
     from splatedit.tuning import Tuning
 
     config = job.config
+    begin, end = config.grow_range
+    growth = Growth(config.grow_percent, config.grow_every, (begin, end), config.max_gaussians, config.prune_opacity)
     same = (
         "guidance",
         "guidance_scale",
@@ -329,6 +337,8 @@ def options(job: Job) -> dict[str, Any]:
         "t_range": (config.t_range[0], config.t_range[1]),
         "background": job.background,
         "mask": job.mask,
+        "hold": Hold(config.anchor, config.outside),
+        "growth": growth,
         "tuning": Tuning(**{k: getattr(config, k) for k in Tuning._fields}),
         "rates": Rates(**{k: getattr(config, f"lr_{k}") for k in Rates._fields}),
     }
@@ -396,9 +406,11 @@ def write(job: Job, console: Console, folder: Path, log: Log, keeper: Keeper) ->
     if log.last is not None and log.whole:
         keeper.write(log)
     record, report, pairs = facts(job, log), None, []
+    if log.rows is not None:
+        console.print(f"{record['splats_added']:,} splats added, {record['splats_removed']:,} removed")
     try:
         with console.status("measuring the change"):
-            report = measure(job, raw)
+            report = measure(job, raw, log.rows)
         with console.status("drawing"):
             pairs = draw_pairs(job, folder, edited)
     except KeyboardInterrupt:  # the splats are safe; the pictures are given up
@@ -434,20 +446,32 @@ def write_splats(job: Job, folder: Path, log: Log) -> tuple[Gaussians, Gaussians
     if log.last is None:
         edited = load(folder / "edited.ply")
         return edited, edited, 0
-    raw = log.last.gaussians.to("cpu")
-    edited, lost = mend(raw, job.gaussians)
+    raw, log.rows = without_lost(log.last.gaussians.to("cpu"), log.rows)
+    edited, lost = mend(raw, job.gaussians, log.rows)
     save(edited._replace(comments=(*job.gaussians.comments, signature(job))), folder / "edited.ply")
     return raw, edited, lost
 
 
-def mend(edited: Gaussians, source: Gaussians) -> tuple[Gaussians, int]:
-    """Put back the source's values where a splat cannot be drawn, so that the file can be opened; and how many."""
+def without_lost(edited: Gaussians, rows: Tensor | None) -> tuple[Gaussians, Tensor | None]:
+    """Leave out added splats that cannot be drawn, for which no source has values; rows as in `Step`."""
+    if rows is None:
+        return edited, None
+    rows = rows.to("cpu")
+    good = edited.drawable() | (rows >= 0)
+    return (edited, rows) if good.all() else (edited.select(good), rows[good])
+
+
+def mend(edited: Gaussians, source: Gaussians, rows: Tensor | None = None) -> tuple[Gaussians, int]:
+    """Put back the source's values where a splat cannot be drawn, so that the file can be opened; and how many.
+
+    rows: the source row that each splat continues, see `Step`; None: its own.
+    """
     bad = ~edited.drawable()
     if not bad.any():
         return edited, 0
     fixed = {k: v.clone() for k, v in edited.parameters.items()}
     for name, value in fixed.items():
-        value[bad] = source.parameters[name][bad]
+        value[bad] = source.parameters[name][bad if rows is None else rows[bad]]
     return edited._replace(**fixed), int(bad.sum())
 
 
@@ -458,7 +482,7 @@ def signature(job: Job) -> str:
     return f"splatedit {__version__}: {job.source_prompt!r} to {config.prompt!r}, {how}"
 
 
-def measure(job: Job, edited: Gaussians) -> Report:
+def measure(job: Job, edited: Gaussians, rows: Tensor | None) -> Report:
     """The change report over views held out, or of a rig such that lie between those of the pictures."""
     from splatedit.cameras import bounds
     from splatedit.metrics import change_report
@@ -474,6 +498,7 @@ def measure(job: Job, edited: Gaussians) -> Report:
         bounds(source).radius,
         seed=job.config.seed,
         background=job.background,
+        rows=rows,
     )
 
 
@@ -525,14 +550,18 @@ def views_of_pictures(job: Job) -> tuple[Cameras, Cameras]:
 def facts(job: Job, log: Log) -> dict[str, Any]:
     """What run.json says of the run itself."""
     from splatedit.cameras import guess_up
+    from splatedit.metrics import count_rows
 
     config, prior, done = job.config, job.prior, len(log.loss)
+    added, removed = count_rows(log.rows, job.gaussians.n)
     scale = prior.default_scale(config.guidance) if config.guidance_scale is None else config.guidance_scale
     return {
         "scene": config.scene,
         "sha256": job.sha256,
         "splats": job.gaussians.n,
         "splats_that_may_change": job.gaussians.n if job.mask is None else int(job.mask.sum()),
+        "splats_added": added,
+        "splats_removed": removed,
         "sh_degree": job.gaussians.sh_degree,
         "up": job.up or guess_up(job.gaussians),
         "cameras": seen_from(job),
@@ -569,7 +598,8 @@ def seen_from(job: Job) -> dict[str, Any]:
         "held_out": job.capture.held_out,
         "missing_pictures": file.missing,
         "scene_in_view": job.capture.seen,
-        "moved_by": str(job.capture.moved_by) if job.capture.moved_by else None,
+        "like_the_photographs": job.capture.alike,
+        "world": job.capture.world or "as in the file",
     }
 
 

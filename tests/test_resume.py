@@ -1,15 +1,32 @@
 """Edits that go on where they were cut off: in the loop, from checkpoints, from the command line, after kill -9."""
 
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from rich.console import Console
 from test_editing import ToyPrior, painted
 
+from splatedit import checkpoints, files, folders
 from splatedit.cameras import dome
+from splatedit.checkpoints import Keeper, Log, check_same, read_checkpoint, write_checkpoint
+from splatedit.config import Config, load_config
 from splatedit.editing import edit
 from splatedit.errors import InputError
 from splatedit.guidance import GUIDANCE
 from splatedit.render import render
+from splatedit.run import run
 from splatedit.source_cache import SERVED
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -81,3 +98,312 @@ def test_a_state_of_another_edit_is_refused(red, pictures, cloud):
     for more in ({"guidance": "vsd"}, {"source_cache": 1}):
         with pytest.raises(InputError, match="resume: the state is of another guidance or source_cache"):
             run(**more, resume=state)
+
+
+def test_a_state_of_another_kind_of_device_is_refused(red, pictures):
+    state = next(edit(red, "blue", "red", model=ToyPrior(pictures), views=2)).state()
+    with pytest.raises(InputError, match="another kind of device"):
+        list(
+            edit(red, "blue", "red", model=ToyPrior(pictures), views=2, resume={**state, "generator": torch.zeros(16)})
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ the file
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
+    content = {"step": 3, "config": {"a": [1.0, None]}, "sha256": "ab", "log": {"loss": [0.5]}, "mean": torch.ones(2)}
+    path = tmp_path / "ckpts" / "last.pt"
+    write_checkpoint(content, path)
+    found = read_checkpoint(path)
+    assert torch.equal(found.pop("mean"), content.pop("mean")) and found == {**content, "format": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("exit",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "damaged, or not a checkpoint; delete it"),
+        (b"PK\3\4 and then nothing", "damaged"),
+        ([1, 2], "not a checkpoint of `splatedit run`"),
+        ({"step": 1}, "not a checkpoint of `splatedit run`"),
+        ({"step": 1, "config": {}, "sha256": "", "log": {}, "format": 99}, "of format 99, expected 1"),
+        (Evil(), "damaged, or not a checkpoint"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_in_one_line(content, message, tmp_path):
+    path = tmp_path / "last.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(InputError, match=message) as error:
+        read_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+def test_every_cut_of_a_checkpoint_is_noticed(tmp_path):
+    write_checkpoint({"step": 1, "config": {}, "sha256": "", "log": {}, "means": torch.rand(50, 3)}, tmp_path / "a.pt")
+    whole = (tmp_path / "a.pt").read_bytes()
+    for length in range(0, len(whole), 97):
+        (tmp_path / "a.pt").write_bytes(whole[:length])
+        with pytest.raises(InputError, match="damaged"):
+            read_checkpoint(tmp_path / "a.pt")
+
+
+def test_only_what_does_not_decide_the_edit_may_change():
+    config = Config(scene="a.ply", prompt="a pig", steps=9)
+    saved = {"config": vars(config).copy(), "sha256": "ab", "step": 5}
+    check_same(saved, config, "ab")
+    check_same(saved, replace(config, scene="b.ply", steps=6, device="cpu", cache_mb=1.0, checkpoint_every=3), "ab")
+    for change in ({"prompt": "a dog"}, {"seed": 1}, {"lr_sh0": 0.1}, {"mask_box": "0,0,0,1,1,1"}):
+        with pytest.raises(InputError, match=f"--resume: {next(iter(change))} was .* when the run began, now it is"):
+            check_same(saved, replace(config, **change), "ab")
+    with pytest.raises(InputError, match="steps: found 5, but 5 are done already; give more"):
+        check_same(saved, replace(config, steps=5), "ab")
+    with pytest.raises(InputError, match="a.ply has changed since the run began"):
+        check_same(saved, config, "cd")
+    del saved["config"]["seed"]  # of a version that did not know this setting
+    check_same(saved, config, "ab")
+
+
+def test_checkpoints_come_every_so_many_steps_or_cost_two_percent(monkeypatch, tmp_path):
+    now = [0.0]
+    monkeypatch.setattr(checkpoints.time, "perf_counter", lambda: now[0])
+
+    def keeper(every, cost):
+        def write(*_):
+            now[0] += cost
+
+        monkeypatch.setattr(checkpoints, "write_checkpoint", write)
+        return Keeper(tmp_path / "a.pt", {}, every, pytest.fail)
+
+    def written(keeper, seconds):
+        """After which of so many steps of one second each."""
+        log, found = Log(last=edit_step()), []
+        for done in range(1, seconds):
+            now[0] += 1
+            if keeper.due(done):
+                keeper.write(log)
+                found.append(done)
+        return found
+
+    assert written(keeper(7, 0.1), 30) == [7, 14, 21, 28]
+    assert written(keeper(0, 0.1), 300) == []
+    assert written(keeper(None, 0.1), 100) == [1, 31, 61, 91]
+    slow = keeper(None, 4.0)
+    assert written(slow, 1000) == [1, 201, 401, 601, 801] and slow.spent == 20
+
+
+def edit_step():
+    from types import SimpleNamespace
+
+    return SimpleNamespace(state=dict)
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+@pytest.fixture
+def config(scene_file, tiny_model, tmp_path, monkeypatch):
+    """Six steps with three cameras on the ball by the untrained prior, a checkpoint after each."""
+    monkeypatch.setattr("splatedit.run.FRAMES", 2)
+    monkeypatch.setattr("splatedit.run.VIEWS", 2)
+    paths = {"scene": scene_file, "model": tiny_model, "output_dir": tmp_path / "out"}
+    words = ["source_prompt=a cat", "steps=6", "cameras=dome:3", "device=cpu", "guidance=dds", "checkpoint_every=1"]
+    return load_config(options={**{k: str(v) for k, v in paths.items()}, "prompt": "a pig"}, words=words)
+
+
+def shout():
+    return Console(file=io.StringIO(), width=500, highlight=False)
+
+
+def said(console):
+    return console.file.getvalue()
+
+
+class Killed(BaseException):
+    """What no part of the program expects."""
+
+
+def die_at(monkeypatch, step):
+    """Have the run die when this step is over, as if by kill -9: nothing is tidied up by the loop."""
+    show = checkpoints.Log.add
+
+    def add(log, taken, spent):
+        show(log, taken, spent)
+        if taken.index + 1 == step:
+            raise Killed
+
+    monkeypatch.setattr(checkpoints.Log, "add", add)
+
+
+def same_result(one, other):
+    assert one.edited.read_bytes() == other.edited.read_bytes()
+    first, second = (json.loads((o.folder / "metrics.json").read_text()) for o in (one, other))
+    assert first == second
+
+
+@pytest.fixture
+def whole(config):
+    return run(config, shout())
+
+
+def test_a_run_that_died_goes_on_in_its_folder_and_ends_the_same(config, whole, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, 4)
+        run(config, console := shout())
+    assert "The edit is kept as of its last checkpoint; to go on: splatedit run --resume" in said(console)
+    folder = folders.newest(config)
+    assert not (folder / "edited.ply").exists() and read_checkpoint(folder / "ckpts" / "last.pt")["step"] == 3
+    (folder / ".edited.ply.1234abcd.part").write_bytes(b"half")
+    (folder / "ckpts" / ".last.pt.1234abcd.part").write_bytes(b"half")
+    console = shout()
+    outcome = run(config, console, ["splatedit", "run", "--resume"], resume=folder)
+    assert outcome.folder == folder and "going on after 3 of 6 steps" in said(console)
+    same_result(whole, outcome)
+    record = outcome.record
+    assert (record["steps"], record["resumed_after"], record["interrupted"]) == (6, [3], False)
+    assert record["network_evaluations"] == whole.record["network_evaluations"]
+    assert whole.record["resumed_after"] == []
+    assert not list(folder.rglob("*.part")) and len((folder / "cmd.txt").read_text().splitlines()) == 2
+
+
+def test_a_finished_run_says_so_and_more_steps_go_on_from_its_end(config, whole, monkeypatch):
+    edited = whole.edited.read_bytes()
+    monkeypatch.setattr("splatedit.run.optimise", lambda *_: pytest.fail("nothing is left to do"))
+    again = run(config, console := shout(), resume=whole.folder)
+    assert "is finished: 6 of 6 steps" in said(console) and again.edited == whole.edited
+    assert again.status == whole.status and whole.edited.read_bytes() == edited
+    with pytest.raises(InputError, match="no unfinished run of .* to 'a pig' in .*; the newest, .*, is finished"):
+        folders.newest(config)
+    with pytest.raises(InputError, match="guidance was 'dds'.*now it is 'ids'"):
+        run(replace(config, guidance="ids"), shout(), resume=whole.folder)
+    monkeypatch.undo()
+    monkeypatch.setattr("splatedit.run.FRAMES", 2)
+    longer = run(replace(config, steps=8), shout(), resume=whole.folder)
+    assert longer.record["steps"] == 8 and longer.record["resumed_after"] == [6]
+    assert len(json.loads((longer.folder / "metrics.json").read_text())["curve"]["loss"]) == 8
+    assert longer.edited.read_bytes() != edited and load_config(longer.folder / "config.yaml").steps == 8
+
+
+@pytest.mark.parametrize("name", ["measure", "draw_pairs", "write_report"])
+def test_a_run_that_dies_while_it_writes_goes_on_without_a_step(name, config, whole, monkeypatch):
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(f"splatedit.{'report' if name == 'write_report' else 'run'}.{name}", die)
+        run(config, shout())
+    folder = folders.newest(config)
+    with monkeypatch.context() as patch:
+        patch.setattr("splatedit.editing.edit", lambda *_, **__: pytest.fail("all steps have been taken"))
+        outcome = run(config, shout(), resume=folder)
+    same_result(whole, outcome)
+    assert outcome.record["change"] == whole.record["change"]
+
+
+def test_a_run_without_a_checkpoint_begins_at_its_first_step(config, whole, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("splatedit.folders.shutil.rmtree", lambda _: None)  # kill -9 leaves the folder behind
+        die_at(patch, 1)
+        run(config, shout())
+    outcome = run(config, console := shout(), resume=folders.newest(config))
+    assert "has no checkpoint yet: it begins at the first step" in said(console)
+    same_result(whole, outcome)
+
+
+def test_a_changed_scene_is_refused_and_a_moved_one_is_not(config, scene_file, monkeypatch, cloud):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, 2)
+        run(config, shout())
+    folder = folders.newest(config)
+    before = {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+    moved = scene_file.rename(scene_file.with_name("moved.ply"))
+    with pytest.raises(InputError, match="ball.ply: no such file.*say where: splatedit run --resume .* SCENE"):
+        run(config, shout(), resume=folder)
+    files.save(cloud._replace(sh0=cloud.sh0 + 1), scene_file)
+    with pytest.raises(InputError, match="--resume: .*ball.ply has changed since the run began"):
+        run(config, shout(), resume=folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()} == before
+    assert run(replace(config, scene=str(moved)), shout(), resume=folder).record["steps"] == 6
+
+
+def test_one_ctrl_c_ends_after_the_step_and_the_run_goes_on_from_there(config, whole, monkeypatch):
+    add = checkpoints.Log.add
+
+    def interrupt(log, step, spent):
+        add(log, step, spent)
+        if step.index == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.Log, "add", interrupt)
+        outcome = run(config, console := shout())
+    assert outcome.status == 130 and outcome.record["interrupted"] and "Interrupted after 3 of 6 steps" in said(console)
+    assert files.load(outcome.edited).n == 300 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert folders.newest(config) == outcome.folder, "unfinished, and found again"
+    again = run(config, shout(), resume=outcome.folder)
+    same_result(whole, again)
+    assert again.record["resumed_after"] == [3] and not again.record["interrupted"]
+
+
+def test_a_folder_in_use_is_left_alone(config, whole):
+    holder = f"import pathlib,time; from splatedit.folders import locked\nwith locked(pathlib.Path({str(whole.folder)!r})):\n"
+    holder += " print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", holder], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="another run is working in this folder"):
+            run(replace(config, steps=9), shout(), resume=whole.folder)
+        assert folders.in_use(whole.folder)
+        other.kill()
+    assert not folders.in_use(whole.folder), "the lock of a killed process is gone"
+
+
+def test_a_new_run_says_that_another_is_unfinished(config, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, 2)
+        run(config, shout())
+    cut = folders.newest(config)
+    run(config, console := shout())
+    assert f"{cut} is unfinished; --resume goes on there" in said(console)
+    run(replace(config, prompt="a dog"), console := shout())
+    assert "unfinished" not in said(console)
+
+
+# ---------------------------------------------------------------------------------------------------- disks that fail
+def full(path, after):
+    """`files.atomic` on a disk that is full for names that end in `path`, from the so-many-th time on."""
+    real, count = files.os.fsync, [0]
+
+    def fsync(handle):
+        if os.path.basename(os.readlink(f"/proc/self/fd/{handle}")).startswith(f".{path}"):
+            count[0] += 1
+            if count[0] > after:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    return fsync
+
+
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux")
+
+
+@needs_proc
+def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_the_edit_goes_on(config, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("splatedit.files.os.fsync", full("last.pt", 2))
+        outcome = run(config, console := shout())
+    assert said(console).count("last.pt: cannot be written (No space left on device). The edit goes on") == 4
+    same_result(whole, outcome)
+    assert read_checkpoint(outcome.folder / "ckpts" / "last.pt")["step"] == 2, "the last one that was written"
+
+
+@needs_proc
+@pytest.mark.parametrize("name", ["edited.ply", "00_before.png", "turntable.mp4", "metrics.json", "run.json"])
+def test_results_that_cannot_be_written_are_an_error_and_nothing_is_lost(name, config, whole, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=f"{name}: cannot be written .No space left"):
+        patch.setattr("splatedit.files.os.fsync", full(name, 0))
+        run(config, console := shout())
+    assert "The edit is kept as of its last checkpoint" in said(console)
+    folder = folders.newest(config)
+    assert not list(folder.rglob("*.part")) and not (folder / name).exists()
+    same_result(whole, run(config, shout(), resume=folder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -13,10 +13,12 @@ from splatedit.camera_files import CameraFile, View, beside, fit, moved, read_ca
 from splatedit.cameras import Bounds, Cameras, bounds, visible
 from splatedit.errors import InputError
 from splatedit.gaussians import Gaussians
+from splatedit.render import render
 
 EVERY, MOST = 8, 48  # every 8th view is held out, as everywhere; as many views as the dome has
 FEW, SOME = 0.05, 0.5  # of the scene in view: below the first it is not the scene of these cameras, below the other odd
 SMALL = 0.02  # of the picture's edge that the whole scene fills: below, the scales differ
+ALIKE = 0.25  # correlation of renders with photographs: below, the cameras are not those of the scene
 NOT_ONE_WORLD = (
     "Scene and cameras are not of one world: give the cameras that the scene was trained with (a nerfstudio scene also "
     "needs the dataparser_transforms.json of its training run beside it; gsplat's simple_trainer keeps COLMAP's world "
@@ -34,7 +36,8 @@ class Capture(NamedTuple):
     report: tuple[View, ...]  # what it is judged from: held out, or where nothing is, those of the edit
     held_out: int  # how many
     seen: float  # share of the scene in the picture of at least one of `edit`, 0 to 1
-    moved_by: Path | None = None  # the dataparser_transforms.json that was applied
+    alike: float | None = None  # how much renders are like the photographs (`likeness`); None without photographs
+    world: str = ""  # what was done to bring the cameras into the world of the scene; empty: nothing
 
     def square(self, views: Sequence[View], size: int) -> Cameras:
         """Cameras with square pictures: the middle of each view, what a prior looks at."""
@@ -76,13 +79,37 @@ def load_capture(
     most: views to edit from, spread evenly over those there are.
     """
     file = read_cameras(path)
-    views, moved_by = file.views, None if file.trained else dataparser_of(file, scene)
-    if moved_by is not None:
-        views = moved(views, *read_dataparser(moved_by, file))
-    training, held = split(file, views, every)
-    chosen = tuple(spread(training, most))
-    seen = check(file, chosen, gaussians)
-    return Capture(file, views, chosen, held or chosen, len(held), seen, moved_by)
+    found, failed = [], []
+    for views, world in worlds(file, scene):
+        training, held = split(file, views, every)
+        chosen = tuple(spread(training, most))
+        try:
+            seen = check(file, chosen, gaussians)
+        except InputError as error:
+            failed.append(error)
+            continue
+        found.append(Capture(file, views, chosen, held or chosen, len(held), seen, likeness(gaussians, views), world))
+        if found[0].alike is None or found[0].alike >= ALIKE:
+            break
+    if not found:
+        raise failed[0]
+    return max(found, key=lambda capture: capture.alike or 0.0)
+
+
+def worlds(file: CameraFile, scene: str | Path | None) -> Iterator[tuple[tuple[View, ...], str]]:
+    """The views in each world that the scene may be in, the likeliest first, and what was done to them.
+
+    With a dataparser_transforms.json there is one. Else the file's own, and that from which nerfstudio made the file:
+    COLMAP's, in which other trainers leave a scene.
+    """
+    trained = None if file.trained else dataparser_of(file, scene)
+    if trained is not None:
+        yield moved(file.views, *read_dataparser(trained, file)), f"moved into the training world by {trained.name}"
+        return
+    yield file.views, ""
+    if file.applied is not None:
+        back = np.linalg.inv(file.applied)
+        yield moved(file.views, back, 1 / file.applied_scale), "applied_transform undone, as the scene is without it"
 
 
 def dataparser_of(file: CameraFile, scene: str | Path | None) -> Path | None:
@@ -161,6 +188,41 @@ def apparent_size(ball: Bounds, cameras: Cameras) -> float:
     return float((2 * ball.radius * focal / distance).max() / max(cameras.width, cameras.height))
 
 
+def likeness(gaussians: Gaussians, views: Sequence[View], most: int = 6, size: int = 48) -> float | None:
+    """Mean correlation of small renders with the photographs of at most `most` views, -1 to 1; None without any.
+
+    Over the pixels that the splats cover. A trained scene has 0.8 and more from its own cameras, about 0 from any
+    others; photographs through strong lenses are left out.
+    """
+    found = []
+    for view in spread([v for v in views if v.picture is not None and v.lens.kind in ("pinhole", "brown")], most):
+        photo = photograph(view, size)
+        drawn = render(gaussians.detach(), fit([view], size, size))
+        covered = drawn.alpha[0, 0].cpu().numpy() > 0.5
+        if photo is not None and covered.mean() > 0.1:
+            pair = drawn.rgb[0].cpu().numpy()[:, covered].ravel(), photo[:, covered].ravel()
+            if min(np.std(pair[0]), np.std(pair[1])) > 1e-3:
+                found.append(np.corrcoef(*pair)[0, 1])
+    return float(np.mean(found)) if found else None
+
+
+def photograph(view: View, size: int) -> np.ndarray | None:
+    """The middle square of a view's picture as (3, size, size) in [0, 1]; None if it cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(view.picture) as image:  # pyright: ignore[reportArgumentType]
+            image.draft("RGB", (2 * size, 2 * size))  # a large JPEG need not be decoded whole
+            edge = min(image.size)
+            left, top = (image.width - edge) // 2, (image.height - edge) // 2
+            square = image.convert("RGB").resize(
+                (size, size), Image.Resampling.BOX, (left, top, left + edge, top + edge)
+            )
+    except Exception:  # Pillow's readers raise whatever they like, and the cameras do without
+        return None
+    return np.asarray(square).transpose(2, 0, 1) / 255
+
+
 def centres(cameras: Cameras) -> np.ndarray:
     """Where the cameras are, (c, 3) float64."""
     w2c = cameras.w2c.cpu().double().numpy()
@@ -179,11 +241,14 @@ def describe(capture: Capture) -> str:
         words.append("; lens distortion undone")
     if file.missing:
         words.append(f"; {file.missing} more left out, their pictures are missing")
-    if capture.moved_by:
-        words.append(f"; moved into the training world by {capture.moved_by.name}")
+    if capture.world:
+        words.append(f"; {capture.world}")
     words.append(f"; {capture.seen:.0%} of the scene in view")
     if capture.seen < SOME:
         words.append(" (little: what no camera sees is not edited; are these the cameras of this scene?)")
+    if capture.alike is not None and capture.alike < ALIKE:
+        words.append(f"; but renders of the scene are not like the photographs (correlation {capture.alike:.2f}). ")
+        return "".join(words) + NOT_ONE_WORLD
     return "".join(words) + "."
 
 

@@ -18,7 +18,7 @@ from splatedit.cli import main
 from splatedit.config import Config
 from splatedit.errors import InputError
 from splatedit.lenses import Lens
-from splatedit.media import to_bytes
+from splatedit.media import save_png, to_bytes
 from splatedit.render import render
 from splatedit.run import find_views
 
@@ -212,3 +212,38 @@ def test_info_names_the_cameras_beside_a_scene(call, cloud, scene_file, tmp_path
     save_cameras(dome(cloud, 9), tmp_path / "cameras.json")
     status, out, _ = call("info", scene_file)
     assert status == 0 and "9 of " in out and "7 to edit from, 2 held out" in out
+
+
+# ---------------------------------------------------------------------------------------------------- photographs
+
+
+def photographed(cloud, folder, world: np.ndarray) -> None:
+    """transforms.json and pictures of the cloud, whose world was turned by `world` before they were written."""
+    cameras, frames = dome(cloud, 9, size=48), []
+    pictures = to_bytes(render(cloud, cameras).rgb)
+    for index, w2c in enumerate(cameras.w2c.double().numpy()):
+        matrix = world @ np.linalg.inv(w2c) @ FLIP
+        frames.append({"file_path": f"{index}.png", "transform_matrix": matrix.tolist()})
+        save_png(pictures[index], folder / f"{index}.png")
+    content = {"fl_x": float(cameras.K[0, 0, 0]), "w": 48, "h": 48, "frames": frames}
+    (folder / "transforms.json").write_text(json.dumps({**content, "applied_transform": world[:3].tolist()}))
+
+
+def test_photographs_tell_the_world(cloud, tmp_path):
+    """Left as it is if that fits, undone if only that fits: the ball is red below and blue above, so a turn shows."""
+    cloud = cloud._replace(means=cloud.means - torch.tensor([0.5, 0, 0]))
+    (tmp_path / "same").mkdir(), (tmp_path / "turned").mkdir()
+    turn = np.diag([1.0, -1.0, -1.0, 1.0])
+    photographed(cloud, tmp_path / "same", np.eye(4))
+    photographed(cloud, tmp_path / "turned", turn)
+    same, turned = load_capture(tmp_path / "same", cloud), load_capture(tmp_path / "turned", cloud)
+    assert same.world == "" and same.alike is not None and same.alike > 0.99
+    assert "applied_transform undone" in turned.world and turned.alike == pytest.approx(same.alike, abs=1e-3)
+    for one, other in zip(same.views, turned.views, strict=True):
+        np.testing.assert_allclose(one.w2c, other.w2c, atol=1e-9)
+    upside_down = cloud._replace(means=cloud.means * torch.tensor([1.0, -1.0, 1.0]))
+    wrong = load_capture(tmp_path / "same", upside_down)
+    assert wrong.alike is not None and wrong.alike < 0
+    assert "not like the photographs (correlation -0." in describe(wrong)
+    (tmp_path / "same" / "0.png").write_text("not a picture")
+    assert load_capture(tmp_path / "same", cloud).alike == pytest.approx(same.alike, abs=0.01)

@@ -715,6 +715,19 @@ def read_splats(path: Path) -> Any:
     return load(path)
 
 
+def resume_files() -> list[Files]:
+    """ckpts/last.pt of an unfinished edit."""
+    content = {"step": 3, "config": {"prompt": "a pig", "steps": 9}, "sha256": "0" * 64, "log": {"loss": [0.5] * 3}}
+    content |= {"format": 1, "parameters": gaussians(60, 3).parameters, "generator": torch.Generator().get_state()}
+    return [{"last.pt": torch_bytes(content)}]
+
+
+def read_resume(path: Path) -> Any:
+    from splatedit.checkpoints import read_checkpoint
+
+    return read_checkpoint(path)
+
+
 def sidecar_files() -> list[Files]:
     """The yaml file beside a scene."""
     return [{"scene.yaml": b"# what it is\nsource_prompt: a cat\nup: -y\n"}]
@@ -768,6 +781,7 @@ CAMERAS = {
 OTHERS = {
     "mask": Subject("mask", "mask.json", mask_files, read_mask, (damaged, retreed, retreed)),
     "rows": Subject("rows", "rows.npy", row_files, read_mask, ANY),
+    "resume": Subject("resume", "last.pt", resume_files, read_resume, (damaged, resaved, resaved)),
     "sidecar": Subject("sidecar", "scene.ply", sidecar_files, read_sidecar, (damaged, reworded, yamls)),
     "config": Subject("config", "run.yaml", config_files, read_config, (damaged, reworded, yamls)),
 }

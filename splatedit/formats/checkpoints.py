@@ -161,7 +161,7 @@ def _ranks(path: Path) -> list[Path]:
 
 def _read_part(path: Path) -> Gaussians:
     """The Gaussians of one file, all shapes, types and numbers checked."""
-    found = _find(path, _load(path))
+    found = _find(path, load_tensors(path))
     n = _count(path, found)
     plain = {name: _parameter(path, found.keys[name], found.tensors[name], n, SHAPES[name]) for name in SHAPES}
     total, size = sum(value.numel() for value in plain.values()) * 2, path.stat().st_size
@@ -316,12 +316,15 @@ LAYOUTS: dict[str, Callable[[Any], Found | None]] = {
 # ------------------------------------------------------------------------------------------------------- the pickle
 
 
-def _load(path: Path) -> Any:
-    """What torch.save wrote, its tensors mapped, not read; InputError for whatever is not tensors and plain values."""
+def load_tensors(path: Path, mapped: bool = True) -> Any:
+    """What torch.save wrote; raises InputError for whatever is not tensors and plain values.
+
+    mapped: tensors are read where they are used, and only then; else at once, and their checksums are checked.
+    """
     _check_archive(path)
     try:
         with _passed_over():
-            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:
         raise
     except Exception as error:  # UnpicklingError, RuntimeError, and whatever a damaged pickle provokes in either

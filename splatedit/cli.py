@@ -68,6 +68,8 @@ def cli() -> None:
 @setting("--mask-sphere", key="mask_sphere", metavar="X,Y,Z,R")
 @setting("--mask-rule", key="mask_rule", metavar="RULE")
 @setting("--mask-text", key="mask_text", metavar="auto|WORDS")
+@setting("--grow-percent", key="grow_percent", type=float, metavar="NUMBER")
+@setting("--max-gaussians", key="max_gaussians", type=int, metavar="N")
 @setting("--offline", key="offline", is_flag=True)
 @setting("--viewer/--no-viewer", key="viewer", is_flag=True)
 @click.option("--config", "file", metavar="FILE", help="yaml file of settings, such as the config.yaml of another run")

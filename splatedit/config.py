@@ -94,6 +94,13 @@ class Config:
     average_last: float = key(0.25, "share of the steps, from the last, whose splats are averaged into the result")
     supersample: int = key(2, "pictures are drawn this many times larger, then averaged down")
     neighbours: int = key(16, "each gradient is averaged over this many nearest splats; 0 is off")
+    anchor: float = key(0.0, "share of the way back to the source that a splat is taken in each step; 0 is off")
+    outside: float = key(0.0, "pull of pixels outside the mask back to the source's, 1: as the model pulls; 0 is off")
+    grow_percent: float = key(0.0, "splats added: percent, those the edit pulls at hardest, halved each time; 0 is off")
+    grow_every: int = key(25, "steps from one time to the next")
+    grow_range: list[float] = key([0.1, 0.6], "share of the steps after which splats begin to be added, and end")
+    max_gaussians: int | None = key(None, "most splats the scene may come to have; null: twice as many as it has")
+    prune_opacity: float = key(0.005, "where splats are added, fainter ones are removed; 0 is off")
     mask: str | None = key(None, "only these splats may change: a mask, list of rows or second splat file")
     mask_box: str | None = key(None, "only splats in this box, world units: cx,cy,cz,sx,sy,sz")
     mask_sphere: str | None = key(None, "only splats in this ball, world units: x,y,z,r")
@@ -269,6 +276,11 @@ def check(config: Config) -> None:
         ("supersample", 1, 8),
         ("neighbours", 0, math.inf),
         ("mask_grow", -math.inf, math.inf),
+        ("anchor", 0.0, 1.0),
+        ("outside", 0.0, math.inf),
+        ("grow_percent", 0.0, 100.0),
+        ("grow_every", 1, math.inf),
+        ("prune_opacity", 0.0, 0.999),
         *((k, *span) for k, span in RANGES.items()),
         *((f"lr_{k}", 0.0, math.inf) for k in ("means", "quats", "scales", "opacities", "sh0", "shN")),
     ):
@@ -276,11 +288,12 @@ def check(config: Config) -> None:
     if config.final_rate == 0:
         raise InputError("final_rate: found 0, expected more than 0 and at most 1.")
     lowest = {"guidance_scale": 0.0, "sdi_scale": -math.inf, "mask_threshold": 0.0, "checkpoint_every": 0}
+    lowest["max_gaussians"] = 1
     for name, low in lowest.items():
         if getattr(config, name) is not None:
             within(name, getattr(config, name), low, math.inf)
     colour(config.background, "background")
-    for name in ("t_range", "fpr_t_range"):
+    for name in ("t_range", "fpr_t_range", "grow_range"):
         span = getattr(config, name)
         if len(span) != 2 or not 0 <= span[0] < span[1] <= 1:
             raise InputError(f"{name}: found {span}, expected two numbers, 0 <= low < high <= 1.")

@@ -156,5 +156,11 @@ def test_defaults_are_those_of_the_code_below():
         assert ours[f"lr_{name}"] == value, name
     for name, value in defaults["tuning"]._asdict().items():
         assert ours[name] == value, name
+    assert (ours["anchor"], ours["outside"]) == defaults["hold"][:2]
+    grown = ("grow_percent", "grow_every", "grow_range", "max_gaussians", "prune_opacity")
+    assert tuple(ours[name] for name in grown) == defaults["growth"]
     # every setting of the edit can be reached from the command line
-    assert defaults.keys() - ours.keys() == {"gaussians", "source", "views", "rates", "tuning"}
+    assert defaults.keys() - ours.keys() == {
+        *("gaussians", "source", "views", "rates", "tuning"),
+        *("hold", "growth", "resume"),
+    }

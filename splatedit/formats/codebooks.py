@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.sparse import csr_matrix
 
+BINS = 4096  # of equal mass, to see the density by
 LLOYD = 30  # rounds of k-means on single numbers, which cost next to nothing
 ROUNDS = 8  # on rows
 SAMPLE = 1 << 15  # rows that the coarse cells of a palette are found from
@@ -22,13 +23,19 @@ def codebook(values: np.ndarray, size: int = 256) -> tuple[np.ndarray, np.ndarra
         return np.pad(distinct, (0, size - len(distinct)), "edge").astype(np.float32), index.reshape(values.shape)
     ordered = np.sort(values, axis=None).astype(np.float64)
     totals = np.concatenate([[0.0], np.cumsum(ordered)])
-    counts, edges = np.histogram(ordered, 4096)
-    share = np.cumsum(np.cbrt(counts))
-    centres = np.interp((np.arange(size) + 0.5) / size * share[-1], share, edges[1:])
+    squares = np.concatenate([[0.0], np.cumsum(ordered**2)])
+    # In bins of equal mass the density is 1 / width, and so width^(2/3) what a bin gets of the centres.
+    edges = ordered[np.linspace(0, len(ordered) - 1, min(len(ordered), BINS)).astype(int)]
+    share = np.concatenate([[0.0], np.cumsum(np.diff(edges) ** (2 / 3))])
+    centres = np.interp((np.arange(size) + 0.5) / size * share[-1], share, edges)
     for _ in range(LLOYD):
         ends = np.concatenate([[0], np.searchsorted(ordered, (centres[1:] + centres[:-1]) / 2), [len(ordered)]])
-        count = np.diff(ends)
-        centres = np.where(count, np.diff(totals[ends]) / np.maximum(count, 1), centres)
+        count = np.maximum(np.diff(ends), 1)
+        centres = np.where(np.diff(ends), np.diff(totals[ends]) / count, centres)
+        empty = np.flatnonzero(np.diff(ends) == 0)
+        error = np.maximum(np.diff(squares[ends]) - np.diff(totals[ends]) ** 2 / count, 0)
+        worst = np.argsort(error)[len(error) - len(empty) :]  # split by those that nothing came to
+        centres[empty] = centres[worst] + np.sqrt(error[worst] / count[worst])
         centres.sort()
     book = centres.astype(np.float32)
     return book, nearest(values, book)

@@ -137,8 +137,9 @@ def _pictures(path: Path, meta: dict, count: int, get: Callable[[str], bytes], a
         if not isinstance(names, list) or len(names) != files or not all(isinstance(name, str) for name in names):
             raise InputError(f"{path}: {META}: {part}.files is {names!r:.80}, expected {files} file names.")
         for i, name in enumerate(names):
+            data = get(name)
             try:
-                image = Image.open(io.BytesIO(get(name)), formats=("WEBP", "PNG"))
+                image = Image.open(io.BytesIO(data), formats=("WEBP", "PNG"))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise InputError(f"{path}: {name} is not a sound WebP or PNG picture; export it again.") from error
             pictures[part, i] = Picture(path, name, image)

@@ -14,7 +14,7 @@ import torch
 
 from splatedit.errors import InputError
 from splatedit.files import load
-from splatedit.formats import checkpoints, format_of
+from splatedit.formats import format_of
 from splatedit.gaussians import PARAMETERS, SH_C0
 
 N = 7
@@ -133,8 +133,6 @@ def test_a_nerfstudio_run_stands_for_its_newest_checkpoint(tmp_path, name):
     read = load(tmp_path / name)
     assert same(read, wanted)  # in nerfstudio's own frame, as its exporter writes it
     assert read.comments == ("nerfstudio dataparser_transforms: scale 0.25 transform 0 1 0 0.5 / 1 0 0 0 / 0 0 1 -2",)
-    placed = checkpoints.dataparser_transform(run / "nerfstudio_models/step-000010000.ckpt")
-    assert placed is not None and placed.scale == 0.25 and placed.transform.tolist() == turn
 
 
 @pytest.mark.parametrize(

@@ -63,13 +63,6 @@ class Found(NamedTuple):
     keys: dict[str, str]  # parameter -> its key in the file, for messages
 
 
-class DataparserTransform(NamedTuple):
-    """What nerfstudio did to the cameras before training: scaled = scale * (transform @ original)."""
-
-    transform: Tensor  # (3, 4) float64
-    scale: float
-
-
 def read_checkpoint(path: Path) -> Gaussians:
     """Read a checkpoint: gsplat (every rank found beside it), nerfstudio, INRIA, ours; or the newest one of a run.
 
@@ -82,8 +75,7 @@ def read_checkpoint(path: Path) -> Gaussians:
     degrees = sorted({part.sh_degree for part in parts})
     if len(degrees) > 1:
         raise InputError(f"{path}: its ranks hold the SH degrees {degrees}, expected one; they are of different runs.")
-    placed = dataparser_transform(path)
-    comments = (_comment(placed),) if placed else ()
+    comments = _comments(path)
     if len(parts) == 1:
         return parts[0]._replace(comments=comments)
     names = parts[0].parameters
@@ -106,32 +98,23 @@ def newest_checkpoint(path: Path) -> Path | None:
     return None
 
 
-def dataparser_transform(path: Path) -> DataparserTransform | None:
-    """What nerfstudio did to the cameras of the run this checkpoint belongs to; None where it does not say.
-
-    A camera of transforms.json, as a 4x4 camera-to-world matrix c, fits the trained splats once c[:3] is
-    transform @ c with its last column multiplied by scale.
-    """
+def _comments(path: Path) -> tuple[str, ...]:
+    """What dataparser_transforms.json of the run says, for who has the splats alone; `camera_files` uses the file."""
     folder = next((f for f in (path.parent, path.parent.parent) if (f / "dataparser_transforms.json").is_file()), None)
     if folder is None:
-        return None
+        return ()
     file = folder / "dataparser_transforms.json"
     content = parse_json(file, file.read_bytes())
     try:
-        transform = torch.tensor(content["transform"], dtype=torch.float64)
-        scale = float(content["scale"])
-    except (TypeError, ValueError, KeyError, IndexError, OverflowError, RuntimeError):
-        transform, scale = torch.zeros(0), math.nan
-    if transform.shape != (3, 4) or not transform.isfinite().all() or not math.isfinite(scale) or scale <= 0:
+        scale, rows = float(content["scale"]), [[float(x) for x in row] for row in content["transform"]]
+    except (TypeError, ValueError, KeyError, IndexError, OverflowError):
+        scale, rows = math.nan, []
+    if [len(row) for row in rows] != [4, 4, 4] or not all(map(math.isfinite, (scale, *sum(rows, [])))):
         raise InputError(
             f'{file}: expected {{"transform": 3 rows of 4 numbers, "scale": a number}}; remove or mend it.'
         )
-    return DataparserTransform(transform, scale)
-
-
-def _comment(placed: DataparserTransform) -> str:
-    rows = [" ".join(f"{x:.9g}" for x in row) for row in placed.transform.tolist()]
-    return f"nerfstudio dataparser_transforms: scale {placed.scale:.9g} transform {' / '.join(rows)}"
+    text = " / ".join(" ".join(f"{x:.9g}" for x in row) for row in rows)
+    return (f"nerfstudio dataparser_transforms: scale {scale:.9g} transform {text}",)
 
 
 def _step(file: Path) -> int:

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from splatedit.deltas import pairs
 from splatedit.errors import InputError
-from splatedit.gaussians import Gaussians
-
-Parameters = dict[str, Tensor]
+from splatedit.gaussians import PARAMETERS, Gaussians
 
 
 class Named(NamedTuple):
@@ -23,21 +21,26 @@ class Named(NamedTuple):
     ids: np.ndarray  # (n,) int64, as in deltas.State
 
 
-def blend(before: Parameters, after: Parameters, strength: float) -> Parameters:
-    """Parameters of the same rows between `before` (0) and `after` (1), both met exactly; what is equal stays so.
+class Match(NamedTuple):
+    """Row numbers by which an edit meets a scene."""
+
+    scene: Tensor  # what scene, before and after all have, in the same order
+    before: Tensor
+    after: Tensor
+    added: Tensor  # of after: what the edit added
+    stay: Tensor  # of scene: what after has not, and the result has
+    going: Tensor  # (len(stay),) bool: which of these the edit removed
+    order: Tensor  # puts these three parts, one after another, into the order of the result
+
+
+def blend(before: Gaussians, after: Gaussians, strength: float) -> Gaussians:
+    """Gaussians of the same rows between `before` (0) and `after` (1), both met exactly; what is equal stays so.
 
     Straight lines in what files store: positions, log scales, logit opacities, harmonics. Rotations go the shorter way
     round by normalised interpolation, their lengths in a straight line.
     """
-    if strength in (0.0, 1.0):
-        return dict(after if strength else before)
-    mixed = {}
-    for name, first in before.items():
-        a, b = first.double(), after[name].double()
-        value = _rotate_part(a, b, strength) if name == "quats" else torch.lerp(a, b, strength)
-        same = _same(first, after[name])
-        mixed[name] = torch.where(same, first, value.float())
-    return mixed
+    new = after.parameters
+    return after._replace(**{k: _blend(k, v, new[k], strength) for k, v in before.parameters.items()})
 
 
 def fade(opacities: Tensor, share: float) -> Tensor:
@@ -60,57 +63,70 @@ def reapply(scene: Named, before: Named, after: Named, strength: float) -> Named
     """
     if len({g.gaussians.sh_degree for g in (scene, before, after)}) > 1:
         raise InputError("strength: an edit that changes the degree of the spherical harmonics has no part strength.")
-    in_after, in_scene = _rows(after.ids, scene.ids)
-    in_before = _find(before.ids, after.ids[in_after])
-    kept = in_before >= 0
-    in_after, in_scene, in_before = in_after[kept], in_scene[kept], in_before[kept]
-    old, new = _take(before.gaussians, in_before), _take(after.gaussians, in_after)
-    moved = _move(_take(scene.gaussians, in_scene), old, blend(old, new, strength))
-
-    added = (_find(before.ids, after.ids) < 0).nonzero()[0]
-    appearing = _take(after.gaussians, added)
-    appearing["opacities"] = fade(appearing["opacities"], strength)
-
-    left = _find(after.ids, scene.ids) < 0
-    going = left & (_find(before.ids, scene.ids) >= 0)
-    stay = (left & ~going if strength == 1 else left).nonzero()[0]
-    staying = _take(scene.gaussians, stay)
-    if strength < 1:
-        share = fade(staying["opacities"], 1 - strength)
-        staying["opacities"] = torch.where(torch.from_numpy(going[stay]), share, staying["opacities"])
-
-    order = np.argsort(np.concatenate([in_after, added, len(after.ids) + stay]), kind="stable")
-    parts = moved, appearing, staying
-    values = {k: torch.cat([part[k] for part in parts])[torch.from_numpy(order)] for k in moved}
-    sources = ((after, in_after), (after, added), (scene, stay))
-    ids = np.concatenate([named.ids[rows] for named, rows in sources])[order]
-    extra = _extra(after.gaussians, scene.gaussians, in_after, in_scene, added, stay, order)
-    said = before.gaussians.comments
-    comments = scene.gaussians.comments + tuple(c for c in after.gaussians.comments if c not in said)
+    at = _match(scene.ids, before.ids, after.ids, strength)
+    values = {}
+    for name in PARAMETERS:  # one after another, since scenes are large
+        here, old, new = (getattr(named.gaussians, name) for named in (scene, before, after))
+        target = _blend(name, old[at.before], new[at.after], strength)
+        moved = _move(name, here[at.scene], old[at.before], target)
+        appearing, staying = new[at.added], here[at.stay]
+        if name == "opacities":
+            appearing = fade(appearing, strength)
+            staying = torch.where(at.going, fade(staying, 1 - strength), staying) if strength < 1 else staying
+        values[name] = torch.cat([moved, appearing, staying])[at.order]
+    new, here = torch.from_numpy(after.ids), torch.from_numpy(scene.ids)
+    ids = torch.cat([new[at.after], new[at.added], here[at.stay]])[at.order].numpy()
+    known = before.gaussians.comments
+    comments = scene.gaussians.comments + tuple(c for c in after.gaussians.comments if c not in known)
+    extra = _extra(scene.gaussians, after.gaussians, at)
     return Named(after.gaussians._replace(**values, extra=extra, comments=comments), ids)
 
 
-def _extra(after: Gaussians, scene: Gaussians, in_after, in_scene, added, stay, order) -> dict[str, np.ndarray]:
+def _match(scene: np.ndarray, before: np.ndarray, after: np.ndarray, strength: float) -> Match:
+    in_after, in_scene = _rows(after, scene)
+    in_before = _find(before, after[in_after])
+    kept = in_before >= 0
+    in_after, in_scene, in_before = in_after[kept], in_scene[kept], in_before[kept]
+    added = (_find(before, after) < 0).nonzero()[0]
+    left = _find(after, scene) < 0
+    going = left & (_find(before, scene) >= 0)
+    stay = (left & ~going if strength == 1 else left).nonzero()[0]
+    order = np.argsort(np.concatenate([in_after, added, len(after) + stay]), kind="stable")
+    return Match(*map(torch.from_numpy, (in_scene, in_before, in_after, added, stay, going[stay], order)))
+
+
+def _extra(scene: Gaussians, after: Gaussians, at: Match) -> dict[str, np.ndarray]:
     """The extra columns: the edit's, for rows it has not the scene's; zeros where neither says anything."""
+    common, kept, added, stay, order = (t.numpy() for t in (at.after, at.scene, at.added, at.stay, at.order))
     columns = {}
     for name, column in {**scene.extra, **after.extra}.items():
-        mine, theirs = after.extra.get(name), scene.extra.get(name)
+        theirs, mine = scene.extra.get(name), after.extra.get(name)
         none = np.zeros(max(after.n, scene.n), column.dtype)
-        first = theirs[in_scene] if mine is None and theirs is not None else column[in_after]
+        first = column[kept] if mine is None else mine[common]
         parts = [first, (none if mine is None else mine)[added], (none if theirs is None else theirs)[stay]]
         columns[name] = np.concatenate(parts).astype(column.dtype)[order]
     return columns
 
 
-def _move(scene: Parameters, before: Parameters, target: Parameters) -> Parameters:
-    """`scene` moved as `before` has to move to become `target`; exactly `target` where it still is as before."""
-    moved = {}
-    for name, value in scene.items():
-        a, b, x = before[name].double(), target[name].double(), value.double()
-        away = _turn(_turn(b, _inverse(a)), x) if name == "quats" else x + (b - a)
-        away = torch.where(_same(target[name], before[name]), value, away.float())
-        moved[name] = torch.where(_same(value, before[name]), target[name], away)
-    return moved
+def _blend(name: str, before: Tensor, after: Tensor, strength: float) -> Tensor:
+    """`blend` of one parameter."""
+    same = _same(before, after)
+    if strength in (0, 1) or same.all():
+        return after if strength else before
+    a, b = before.double(), after.double()
+    value = _rotate_part(a, b, strength) if name == "quats" else torch.lerp(a, b, strength)
+    return torch.where(same, before, value.float())
+
+
+def _move(name: str, scene: Tensor, before: Tensor, target: Tensor) -> Tensor:
+    """One parameter moved as `before` moves to become `target`; exactly `target` where it still is as before."""
+    same = _same(scene, before)
+    if same.all():
+        return target
+    a, b, x = before.double(), target.double(), scene.double()
+    moved = _turn(_turn(b, _inverse(a)), x) if name == "quats" else x + (b - a)
+    moved = torch.where(_same(target, before), scene, moved.float())
+    return torch.where(same, target, moved)
 
 
 def _rotate_part(a: Tensor, b: Tensor, strength: float) -> Tensor:
@@ -135,13 +151,8 @@ def _inverse(a: Tensor) -> Tensor:
 
 def _same(a: Tensor, b: Tensor) -> Tensor:
     """Which rows are equal bit for bit, shaped to select among rows."""
-    equal = (a.view(torch.int32) == b.view(torch.int32)).reshape(len(a), -1).all(1)
-    return equal.reshape(-1, *[1] * (a.ndim - 1))
-
-
-def _take(gaussians: Gaussians, rows: np.ndarray) -> Parameters:
-    index = torch.from_numpy(rows)
-    return {name: value[index].contiguous() for name, value in gaussians.parameters.items()}
+    equal = a.view(torch.int32) == b.view(torch.int32)
+    return equal if a.ndim == 1 else equal.flatten(1).all(1).reshape(-1, *[1] * (a.ndim - 1))
 
 
 def _rows(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -42,10 +42,10 @@ class Layout(NamedTuple):
     dtype: np.dtype
 
 
-def layout(data: bytes) -> Layout | None:
+def layout(data: bytes | memoryview) -> Layout | None:
     """Where element 'vertex' lies; None if the file is not binary or a list stands in its way."""
     match = HEADER.match(data, 0, 1 << 20)
-    lines = [line.split() for line in match[0].decode("latin-1").splitlines()] if match else []
+    lines = [line.split() for line in bytes(match[0]).decode("latin-1").splitlines()] if match else []
     order = next((ORDERS.get(words[1]) for words in lines if words[:1] == ["format"] and len(words) > 1), None)
     if match is None or order is None:
         return None
@@ -66,14 +66,14 @@ def layout(data: bytes) -> Layout | None:
     return None
 
 
-def parse(data: bytes, ids: np.ndarray | None = None) -> State | None:
+def parse(data: bytes | memoryview, ids: np.ndarray | None = None) -> State | None:
     """The file as a State that looks into `data`; without `ids` rows are numbered from 0. None as of `layout`."""
     where = layout(data)
     if where is None or where.start + where.count * where.dtype.itemsize > len(data):
         return None
     rows = np.frombuffer(data, where.dtype, where.count, where.start)
     ids = np.arange(where.count) if ids is None else ids
-    return State(data[: where.start], rows, data[where.start + rows.nbytes :], ids)
+    return State(bytes(data[: where.start]), rows, bytes(data[where.start + rows.nbytes :]), ids)
 
 
 def difference(before: State, after: State) -> dict[str, np.ndarray]:
@@ -116,7 +116,8 @@ def apply(source: State, arrays: dict[str, np.ndarray], side: Side) -> State:
     mine, theirs = pairs(ids, ids_of(arrays, other))
     dtypes = {side: where.dtype, other: source.rows.dtype}
     shared = _shared(dtypes["before"], dtypes["after"])
-    rows = np.empty(where.count, where.dtype)
+    alike = where.dtype == source.rows.dtype and isinstance(mine, slice)
+    rows = source.rows.copy() if alike else np.empty(where.count, where.dtype)
     pair_count, alone = len(ids[mine]), _others(where.count, mine)
     changed = np.unpackbits(arrays["changed"], count=pair_count).astype(bool) if "changed" in arrays else slice(None)
     for index, name in enumerate(where.dtype.names or ()):
@@ -124,8 +125,10 @@ def apply(source: State, arrays: dict[str, np.ndarray], side: Side) -> State:
         if name not in shared:
             rows[name] = _joined(arrays[f"whole_{side}_{index}"], kind)
             continue
-        column = source.rows[name][theirs]
         xor = arrays.get(f"xor_{shared.index(name)}")
+        if alike and xor is None:
+            continue
+        column = source.rows[name][theirs]
         if xor is not None:
             bits = _bits(column).copy()
             bits[changed] ^= _bits(_joined(xor, kind))
@@ -148,7 +151,7 @@ def ids_of(arrays: dict[str, np.ndarray], side: Side) -> np.ndarray:
 def counts(arrays: dict[str, np.ndarray]) -> dict[str, int]:
     """How many rows a difference changed, added, removed."""
     before, after = ids_of(arrays, "before"), ids_of(arrays, "after")
-    paired = len(np.intersect1d(before, after))
+    paired = len(before[pairs(before, after)[0]])
     any_xor = any(name.startswith("xor_") for name in arrays)
     changed = int(np.unpackbits(arrays["changed"]).sum()) if "changed" in arrays else paired * any_xor
     return {"changed": changed, "added": len(after) - paired, "removed": len(before) - paired}

@@ -84,6 +84,7 @@ class Stack:
         self.path = Path(path).expanduser()  # as errors name it
         self.file = Path(os.path.realpath(self.path))  # a link has the history of what it points to
         self.own = history_folder(self.file)
+        self.stamp: tuple[int, int, int] | None = None
         self.read()
 
     @classmethod
@@ -96,7 +97,8 @@ class Stack:
         if not self.file.is_file():
             raise InputError(f"{self.path}: no such file; expected the .ply file whose edits are meant.")
         try:
-            self.sha256 = sha256(self.file)
+            if self.stamp != (now := stamp(self.file)):
+                self.sha256, self.stamp = sha256(self.file), now
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read ({error.strerror or error}).") from error
         self.folder, self.entries = self.own, read_entries(self.own)
@@ -255,9 +257,8 @@ class Stack:
     def _current(self) -> State:
         """What is in the file; raises InputError if that is no longer what was read."""
         self._known_file()
-        self.stamp = stamp(self.file)
         data = self.file.read_bytes()
-        if hashlib.sha256(data).hexdigest() != self.sha256:
+        if hashlib.sha256(data).hexdigest() != self.sha256 or stamp(self.file) != self.stamp:
             raise InputError(f"{self.path}: changed by another program just now; nothing is done.")
         state = deltas.parse(data)
         if state is None:
@@ -301,9 +302,10 @@ class Stack:
         for entry in line[start:]:
             after, share = self._step(state, entry, "after"), wanted.get(entry.number, 0.0)
             if entry.kind == "edit" and share > 0:
-                scene = scene or Named(scene_of(begin), begin.ids)
-                old, new = (Named(scene_of(s), s.ids) for s in (state, after))
-                scene = blending.reapply(scene, old, new, share)
+                old = Named(scene_of(state), state.ids)
+                if scene is None:
+                    scene = old if state is begin else Named(scene_of(begin), begin.ids)
+                scene = blending.reapply(scene, old, Named(scene_of(after), after.ids), share)
                 if share < 1:
                     comments.append(f"splatedit {__version__}: strength {share:g} of edit {entry.number}")
             state = after
@@ -344,6 +346,7 @@ class Stack:
                 stream.write(piece)
             if stamp(self.file) != self.stamp:
                 raise InputError(f"{self.path}: changed by another program just now; it is left as it is.")
+        self.sha256, self.stamp = self.digest(at), stamp(self.file)
         write_bookmark(self.own, at, tip)
         self.read()
 
@@ -373,6 +376,7 @@ def push(
         stack.at = stack.find(digest_of(state)) if stack.entries else None
         if stack.at is None:
             set_aside(stack.own)
+            stack.entries = {}
             stack.at = inherit(stack, scene, digest_of(state))
         state = state._replace(ids=stack._ids(stack.at, len(state.rows)))
         ids = continued(state.ids, rows, len(edited.rows), stack._next_id(state))
@@ -407,7 +411,7 @@ def written(gaussians: Gaussians, path: str | Path, ids: np.ndarray | None = Non
     """Gaussians as the state of a file; `path` is only named in errors."""
     stream = io.BytesIO()
     write_ply(gaussians, stream, Path(path))
-    state = deltas.parse(stream.getvalue(), ids)
+    state = deltas.parse(stream.getbuffer(), ids)
     assert state is not None
     return state
 

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import io
 import json
@@ -22,9 +23,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from rich.console import Console
 
-from splatedit import blending, deltas, files, records, stack
+from splatedit import __version__, deltas, files, records, stack
 from splatedit.blending import Named, blend, fade, reapply
 from splatedit.cli import main
 from splatedit.errors import InputError
@@ -76,15 +76,10 @@ def sha(content):
 
 @pytest.fixture
 def file(tmp_path):
-    """A file with two edits in its history; states[i] is what it held after i of them."""
-    return make(tmp_path)
-
-
-def make(folder):
-    path = folder / "edited.ply"
+    """A file with two edits in its history."""
+    path = tmp_path / "edited.ply"
     path.write_bytes(ply(scene()))
     history = Stack.open(path)
-    path.states = [path.read_bytes()] if hasattr(path, "__dict__") else None
     for seed in (1, 2):
         history.push(edited(files.load(path), seed), record={"prompt": f"prompt {seed}", "seed": seed})
     return path
@@ -193,7 +188,7 @@ def turn(degrees, length=1.0, sign=1.0):
 def test_half_way_is_half_way_in_what_files_store():
     before, after = scene(1), scene(1, 5)
     before, after = before._replace(quats=turn(10, 2.0)), after._replace(quats=turn(90, 4.0, sign=-1.0))
-    half = blend(before.parameters, after.parameters, 0.5)
+    half = blend(before, after, 0.5).parameters
     for name in ("means", "scales", "opacities", "sh0"):
         expected = (before.parameters[name] + after.parameters[name]) / 2
         torch.testing.assert_close(half[name], expected)
@@ -206,9 +201,9 @@ def test_a_blend_meets_its_ends_and_keeps_what_is_equal(seed, strength):
     before = scene(8, seed, degree=1)
     after = edited(before, seed)
     for end, value in ((0.0, before), (1.0, after)):
-        for name, found in blend(before.parameters, after.parameters, end).items():
+        for name, found in blend(before, after, end).parameters.items():
             assert found.equal(value.parameters[name])
-    for name, found in blend(before.parameters, after.parameters, strength).items():
+    for name, found in blend(before, after, strength).parameters.items():
         a, b = before.parameters[name], after.parameters[name]
         assert found[1::2].equal(a[1::2]), "equal rows stay, bit for bit"
         if name != "quats":
@@ -352,3 +347,433 @@ def test_some_sequences_of_edits():
 @pytest.mark.slow
 def test_many_sequences_of_edits():
     run_state_machine_as_test(Editing, settings=settings(max_examples=60, stateful_step_count=30, **QUIET))
+
+
+# ------------------------------------------------------------------------------------------ chains from run to run
+def run_on(source, folder, note, rows=None, **record):
+    """What a run does: read a scene file, write the edited one into a folder of its own, with its history."""
+    before = files.load(source)
+    folder.mkdir()
+    path = folder / "edited.ply"
+    files.save(edited(before, len(note), rows, note), path)
+    push(path, before, rows, record, scene=source)
+    return path
+
+
+def test_a_second_run_goes_on_and_needs_nothing_of_the_first(tmp_path):
+    source = tmp_path / "scene.ply"
+    source.write_bytes(ply(scene(elements={"camera": np.array([(1, 2.0)], [("a", "u1"), ("b", "f8")])})))
+    first = run_on(source, tmp_path / "1", "first")
+    rows = torch.tensor([4, -1, 2, 0, -1, 5])
+    second = run_on(first, tmp_path / "2", "the second", rows)
+    third = run_on(second, tmp_path / "3", "and a third")
+    contents = [path.read_bytes() for path in (source, first, second, third)]
+    shutil.rmtree(tmp_path / "1")
+    shutil.rmtree(tmp_path / "2")
+    source.unlink()
+    history = Stack.open(third)
+    assert [(e.number, e.parent) for e in history.done] == [(1, 0), (2, 1), (3, 2)]
+    assert [(e.added, e.removed) for e in history.done] == [(0, 0), (2, 2), (0, 0)]
+    assert [e.after for e in history.done] == [sha(content) for content in contents[1:]]
+    for expected in contents[2::-1]:
+        history.undo()
+        assert third.read_bytes() == expected
+    history.redo(3)
+    assert third.read_bytes() == contents[3]
+    assert history.gaussians(1).comments[-1] == "first" and history.gaussians().n == 6
+    history.strength(0.5, 2)
+    half = files.load(third)
+    assert half.n == 8, "what was removed fades, as does what was added"
+    assert half.comments[1:] == (
+        "first",
+        "the second",
+        "and a third",
+        f"splatedit {__version__}: strength 0.5 of edit 2",
+    )
+
+
+def test_a_run_on_an_undone_file_leaves_out_what_was_undone(tmp_path):
+    source = tmp_path / "scene.ply"
+    source.write_bytes(ply(scene()))
+    first = run_on(source, tmp_path / "1", "first")
+    second = run_on(first, tmp_path / "2", "the second")
+    Stack.open(second).undo()
+    third = run_on(second, tmp_path / "3", "and a third")
+    assert [e.number for e in Stack.open(third).done] == [1, 2] and len(Stack.open(third).entries) == 2
+    assert [e.number for e in Stack.open(second).undone] == [2], "and is still where it was"
+    Stack.open(third).undo(2)
+    assert third.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["ascii", "spz", "changed meanwhile", "gone meanwhile", "big endian", "columns"])
+def test_what_a_run_began_with_is_kept_whatever_it_was(tmp_path, kind):
+    """Binary PLY files come back byte for byte; of others, the scene as it was loaded."""
+    before = scene()
+    source = tmp_path / ("scene.spz" if kind == "spz" else "scene.ply")
+    content = ply(before)
+    state = deltas.parse(content)
+    if kind == "big endian":
+        swapped = state.rows.astype(state.rows.dtype.newbyteorder(">"))
+        content = state.head.replace(b"little", b"big") + swapped.tobytes()
+    elif kind == "columns":
+        content = content.replace(b"property int label", b"property uint new").replace(
+            b"\ncomment made", b"\ncomment MADE"
+        )
+    source.write_bytes(b"no ply" if kind in ("ascii", "spz") else content)
+    (tmp_path / "1").mkdir()
+    path = tmp_path / "1" / "edited.ply"
+    files.save(edited(before), path)
+    if kind == "changed meanwhile":
+        source.write_bytes(ply(scene(seed=7)))
+    if kind == "gone meanwhile":
+        source.unlink()
+    push(path, before, record={}, scene=source)
+    Stack.open(path).undo()
+    assert path.read_bytes() == (content if kind in ("big endian", "columns") else ply(before))
+
+
+def test_writing_a_result_again_keeps_the_one_before(tmp_path):
+    """A run that is taken up again writes the same file a second time: two branches, none lost."""
+    source = tmp_path / "scene.ply"
+    source.write_bytes(ply(scene()))
+    path = run_on(source, tmp_path / "1", "first")
+    first = path.read_bytes()
+    files.save(edited(scene(), 9, None, "longer"), path)
+    push(path, scene(), record={}, scene=source)
+    history = Stack.open(path)
+    assert history.at == 2 and history.entries[2].parent == 0
+    history.goto(1)
+    assert path.read_bytes() == first
+    # Made of something else altogether: its history begins anew, the records of the old one are put aside.
+    files.save(edited(scene(seed=5)), path)
+    push(path, scene(seed=5), record={})
+    assert list(Stack.open(path).entries) == [1] and (history.own / "aside-1" / "0002.npz").is_file()
+
+
+def test_a_file_is_found_under_another_name_and_place(file, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    renamed = tmp_path / "elsewhere" / "pig.ply"
+    shutil.copy(file, renamed)
+    with pytest.raises(InputError, match=r"no history pig.ply.history beside it.*copy the folder"):
+        Stack.open(renamed).undo()
+    assert os.listdir(renamed.parent) == ["pig.ply"], "nothing was begun"
+    shutil.copytree(f"{file}.history", renamed.parent / "edited.ply.history")
+    expected = states(file)
+    Stack.open(renamed).undo()
+    assert renamed.read_bytes() == expected[1]
+    assert Stack.open(renamed).own.is_dir() and Stack.open(file).at == 2
+    link = tmp_path / "link.ply"
+    link.symlink_to(file)
+    Stack.open(link).undo()
+    assert link.is_symlink() and file.read_bytes() == expected[1]
+
+
+# -------------------------------------------------------------------------------------------- what can go wrong
+def test_a_file_that_another_program_changed_is_left_alone(file):
+    mine = file.read_bytes()
+    file.write_bytes(mine + b"\n")
+    history = Stack.open(file)
+    assert history.at is None and history.done == [] and len(history.entries) == 2
+    for change in (
+        history.undo,
+        history.redo,
+        lambda: history.strength(0.5),
+        lambda: history.goto(1),
+        history.gaussians,
+    ):
+        with pytest.raises(InputError, match=r"edited.ply: changed by another program .* left as it is"):
+            change()
+    with pytest.raises(InputError, match="changed by another program"):
+        history.push(scene())
+    assert file.read_bytes() == mine + b"\n"
+    file.write_bytes(states_of(file, mine)[1])  # an older copy, put back
+    assert Stack.open(file).at == 1
+    Stack.open(file).redo()
+    assert file.read_bytes() == mine
+
+
+def states_of(file, content):
+    """`states` of a file if it had this content."""
+    kept = file.read_bytes()
+    file.write_bytes(content)
+    found = states(file)
+    file.write_bytes(kept)
+    return found
+
+
+def test_a_file_changed_while_it_is_undone_is_left_alone(file, monkeypatch):
+    walk = Stack._walk
+
+    def slow(self, *rest):
+        state = walk(self, *rest)
+        file.write_bytes(b"somebody else was faster")
+        return state
+
+    monkeypatch.setattr(Stack, "_walk", slow)
+    with pytest.raises(InputError, match="changed by another program just now"):
+        Stack.open(file).undo()
+    assert file.read_bytes() == b"somebody else was faster"
+    assert not list(file.parent.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda h: h.undo(3), "asked to undo 3, but 2 can be"),
+        (lambda h: h.redo(), "asked to redo 1, but 0 can be"),
+        (lambda h: h.goto(7), "no entry 7, only 0, 1, 2"),
+        (lambda h: h.strength(1.5), "strength 1.5, expected a number from 0"),
+        (lambda h: h.strength(math.nan), "strength nan, expected a number from 0"),
+        (lambda h: h.strength(0.5, 7), "7 is not an edit that is done; expected one of 1, 2"),
+        (lambda h: h.push(scene(3)), "6 Gaussians became 3; say which row"),
+        (lambda h: h.push(scene(3), torch.tensor([0, 1, 6])), "3 whole numbers from -1 to 5"),
+        (lambda h: h.push(scene(), record={"loss": math.nan}), "record: .*finite numbers"),
+        (lambda h: h.push(scene()._replace(means=torch.full((6, 3), math.inf))), "not finite|finite"),
+    ],
+)
+def test_mistakes_are_told_and_nothing_is_done(file, wrong, said):
+    before, listing = file.read_bytes(), sorted(os.listdir(f"{file}.history"))
+    with pytest.raises(InputError, match=said):
+        wrong(Stack.open(file))
+    assert file.read_bytes() == before and sorted(os.listdir(f"{file}.history")) == listing
+    assert Stack.open(file).at == 2
+
+
+def test_damaged_records_are_named_and_nothing_is_done(file):
+    before, folder = file.read_bytes(), Path(f"{file}.history")
+    record, facts = folder / "0002.npz", folder / "0002.json"
+    whole, text = record.read_bytes(), facts.read_text()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 8
+    for damage in (whole[:100], b"", bytes(flipped), None):
+        record.unlink() if damage is None else record.write_bytes(damage)
+        with pytest.raises(InputError, match=r"0002.npz: (damaged|missing)|record is damaged"):
+            Stack.open(file).undo()
+    record.write_bytes(whole)
+    for damage in (
+        text[:50],
+        "[]",
+        text.replace('"format": 1', '"format": 2'),
+        text.replace('"parent": 1', '"parent": 5'),
+    ):
+        facts.write_text(damage)
+        with pytest.raises(InputError, match=r"0002.json: |record 2 builds on record 5"):
+            Stack.open(file)
+    facts.write_text(text)
+    (folder / "index.json").write_text("{")  # only a bookmark
+    assert file.read_bytes() == before
+    Stack.open(file).undo()
+    assert [e.number for e in Stack.open(file).undone] == [2]
+
+
+def child(work):
+    """The exit status of a forked process that does `work`: 0 done, 1 an exception (said on stderr), -9 killed."""
+    process = os.fork()
+    if process == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+RENAMES = [(os, "replace")]
+DISK = [*RENAMES, (os, "fsync"), (os, "mkdir"), (np.lib.format, "write_array"), (stack, "write_bookmark")]
+
+
+def killed_at(count, points):
+    """Have this process killed just before its count-th call of one of these functions, from 0."""
+    calls = iter(range(count))
+
+    def deadly(function):
+        def call(*rest, **more):
+            if next(calls, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*rest, **more)
+
+        return call
+
+    for module, name in points:
+        setattr(module, name, deadly(getattr(module, name)))
+
+
+WORK = {
+    "undo": lambda path: Stack.open(path).undo(),
+    "strength": lambda path: Stack.open(path).strength(0.5, 1),
+    "push": lambda path: Stack.open(path).push(edited(files.load(path), 3)),
+}
+
+
+SLOW = [pytest.param(name, DISK, marks=pytest.mark.slow) for name in WORK]
+
+
+@pytest.mark.parametrize(("name", "points"), [("strength", RENAMES), *SLOW])
+def test_killed_at_any_moment_leaves_the_old_or_the_new_state(file, name, points):
+    folder = Path(f"{file}.history")
+    reference = file.parent / "reference" / file.name
+    reference.parent.mkdir()
+    shutil.copy(file, reference)
+    shutil.copytree(folder, f"{reference}.history")
+    WORK[name](reference)
+    old, new = file.read_bytes(), reference.read_bytes()
+    assert old != new
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    seen, count = set(), 0
+
+    def work():
+        killed_at(count, points)
+        WORK[name](file)
+
+    while (status := child(work)) != 0:
+        assert status == -signal.SIGKILL
+        assert file.read_bytes() in (old, new)
+        seen.add(file.read_bytes() == new)
+        history = Stack.open(file)
+        assert history.at is not None and history.digest(history.at) == history.sha256
+        history.goto(1)  # everything still works, and sweeps up
+        history.goto(2)
+        assert file.read_bytes() == old
+        assert not list(file.parent.rglob("*.part"))
+        file.write_bytes(old)
+        shutil.rmtree(folder)
+        folder.mkdir()
+        for path, content in kept.items():
+            (folder / path).write_bytes(content)
+        count += 1
+    assert file.read_bytes() == new and seen == {False, True} and count > len(points)
+
+
+def test_processes_take_turns(file):
+    """Two of them undo and redo one file; each step is whole, none is lost."""
+    known = states(file)
+    pids = []
+    for mine in range(2):
+        if (pid := os.fork()) == 0:
+            try:
+                for step in range(6):
+                    with_history = Stack.open(file)
+                    (with_history.undo if (step + mine) % 2 == 0 and with_history.done else with_history.goto)(
+                        *([] if (step + mine) % 2 == 0 and with_history.done else [2])
+                    )
+                os._exit(0)
+            except InputError as error:  # the other one may just have undone the last edit
+                os._exit(0 if "asked to undo" in str(error) else 1)
+            except BaseException as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                os._exit(2)
+        pids.append(pid)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0, 0]
+    history = Stack.open(file)
+    assert file.read_bytes() == known[history.at] and set(history.entries) == {1, 2}
+
+
+def test_a_history_that_is_in_use_is_waited_for_and_then_said(file, monkeypatch):
+    monkeypatch.setattr(records, "WAIT", 0.1)
+    with records.locked(Path(f"{file}.history")), pytest.raises(InputError, match="another process is changing it"):
+        Stack.open(file).undo()
+    Stack.open(file).undo()
+
+
+def test_a_folder_that_cannot_be_written_to(file):
+    """For real, as an ordinary user."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        copy = folder / "edited.ply"
+        shutil.copy(file, copy)
+        shutil.copytree(f"{file}.history", f"{copy}.history")
+        for path in (folder, Path(f"{copy}.history")):
+            path.chmod(0o555)
+        before = copy.read_bytes()
+
+        def work():
+            if os.getuid() == 0:
+                os.setuid(65534)
+            history = Stack.open(copy)
+            assert history.at == 2 and history.gaussians(1).n == 6, "reading needs no right to write"
+            for change in (history.undo, lambda: history.strength(0.5), lambda: history.push(scene())):
+                with pytest.raises(InputError, match=r"cannot be written \(Permission denied\)"):
+                    change()
+
+        assert child(work) == 0
+        assert copy.read_bytes() == before and len(os.listdir(f"{copy}.history")) == 5
+    finally:
+        for path in (folder, Path(f"{copy}.history")):
+            path.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_a_full_disk_leaves_everything_as_it_was(file, monkeypatch):
+    before = file.read_bytes()
+
+    def full(arrays, stream):
+        stream.write(b"some of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(deltas, "dump", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        Stack.open(file).strength(0.5)
+    assert file.read_bytes() == before and len(os.listdir(f"{file}.history")) == 5 and Stack.open(file).at == 2
+
+
+# ------------------------------------------------------------------------------------------------------ the commands
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Run the command line in this process; returns exit status, stdout, stderr."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["splatedit", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capfd.readouterr()
+        return end.value.code, out, err
+
+    return call
+
+
+def test_the_commands(file, call):
+    known = states(file)
+    status, out, _ = call("history", file)
+    assert status == 0 and "'prompt 1'" in out and "▸  2" in out and "seed 2" in out and "3 changed" in out
+    status, out, err = call("undo", file)
+    assert (status, out) == (0, f"{file}\n") and "after edit 1, 'prompt 1'" in err
+    assert file.read_bytes() == known[1]
+    assert "undone" in call("history", file)[1]
+    status, out, err = call("strength", file, "0.5")
+    assert (status, out) == (0, f"{file}\n") and "strength 0.5 of edit 1" in err
+    assert "has strength 0.5 already" in call("strength", file, 0.5)[2]
+    content = json.loads(call("history", file, "--json")[1])
+    assert content["at"] == 3 and content["file"] == str(file) and not content["changed_by_another_program"]
+    assert [(e["number"], e["place"], e["strength"]) for e in content["entries"]] == [
+        (1, "done", 0.5),
+        (2, "set aside", None),
+        (3, "done", None),
+    ]
+    assert content["entries"][1]["record"] == {"prompt": "prompt 2", "seed": 2}
+    assert "set aside" in call("history", file)[1]
+    assert call("redo", file, "--to", 2)[0] == 0 and file.read_bytes() == known[2]
+    assert call("undo", file, 2)[0] == 0 and file.read_bytes() == known[0]
+    assert "before the first edit" in call("undo", file, "--to", 0)[2]
+    assert call("redo", file, 2)[0] == 0 and file.read_bytes() == known[2]
+
+
+def test_mistakes_at_the_commands(file, call, tmp_path):
+    plain = tmp_path / "plain.ply"
+    plain.write_bytes(ply(scene(seed=9)))
+    assert call("history", plain) == (0, f"{plain}: no edits are recorded.\n", "")
+    for words, said in (
+        (("undo", plain), "has no history plain.ply.history"),
+        (("undo", file, 9), "asked to undo 9, but 2 can be undone"),
+        (("undo", file, 1, "--to", 1), "give N or --to K"),
+        (("undo", file, "--to", 9), "edit 9 is not done"),
+        (("redo", file, "--to", 9), "no entry 9"),
+        (("strength", file, "2"), "2.0 is not in the range"),
+        (("strength", file, "1", "--edit", 5), "5 is not an edit that is done"),
+        (("history", tmp_path / "none.ply"), "no such file"),
+    ):
+        status, out, err = call(*words)
+        assert (status, out) == (2, "") and said in err and err.count("\n") == 1, words
+    file.write_bytes(b"other")
+    status, out, err = call("history", file)
+    assert status == 0 and "changed by another program" in err and "prompt 1" in out

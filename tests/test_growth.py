@@ -1,5 +1,6 @@
 """Geometry that may change: who grows, what follows, and that an edit with it is as repeatable as one without."""
 
+import io
 import math
 
 import numpy as np
@@ -7,15 +8,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from test_editing import ToyPrior, painted
 from test_resume import same, saved
 
+from splatedit import files
 from splatedit.cameras import dome, orbit
+from splatedit.checkpoints import read_checkpoint
+from splatedit.config import load_config
 from splatedit.editing import edit
 from splatedit.errors import InputError
 from splatedit.growth import Grower, Growth, faint, refine, strongest
 from splatedit.metrics import changed_share, count_rows
 from splatedit.render import densify, render
+from splatedit.run import mend, without_lost
+from splatedit.run import run as start
 from splatedit.scenes import Hold, Rates, Splats
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -264,3 +271,42 @@ def test_the_share_of_what_changed_counts_what_came_and_went(cloud):
     assert changed_share(cloud, cloud, 1.0, torch.arange(300)) == 0 == changed_share(cloud, cloud, 1.0)
     everything = torch.full((5,), -1)
     assert changed_share(cloud, cloud.select(torch.arange(5)), 1.0, everything) == 1
+
+
+def test_what_is_lost_gets_the_values_of_its_own_row_and_is_left_out_if_it_has_none(cloud):
+    rows = torch.tensor([*range(10, 300), -1, -1])
+    broken = cloud.select(rows.clamp(min=0))._replace(scales=torch.zeros(292, 3))
+    broken.scales[0] = broken.scales[-1] = math.nan
+    left, kept = without_lost(broken, rows)
+    assert kept.tolist() == rows[:-1].tolist() and left.n == 291 and len(left.extra["label"]) == 291
+    fixed, count = mend(left, cloud, kept)
+    assert count == 1 and torch.equal(fixed.scales[0], cloud.scales[10]) and not fixed.scales[1:].any()
+    assert without_lost(cloud, None) == (cloud, None)
+
+
+def test_a_run_that_grows_writes_what_came_and_went(cloud, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("splatedit.run.FRAMES", 2)
+    monkeypatch.setattr("splatedit.run.VIEWS", 2)
+    opacities = cloud.opacities.clone()
+    opacities[:9] = -7.0
+    cloud = cloud._replace(opacities=opacities)
+    files.save(cloud, tmp_path / "ball.ply")
+    words = ["source_prompt=a cat", "steps=4", "cameras=dome:3", "device=cpu", "guidance=dds", "mask_rule=y > 0"]
+    words += ["grow_percent=50", "grow_every=1", "grow_range=[0.25,1]", "max_gaussians=350", "supersample=1"]
+    options = {"scene": str(tmp_path / "ball.ply"), "prompt": "a pig", "model": str(tiny_model)}
+    console = Console(file=io.StringIO(), width=200)
+    outcome = start(load_config(options={**options, "output_dir": str(tmp_path / "out")}, words=words), console)
+    edited, record = files.load(outcome.edited), outcome.record
+    faint_ones = int((cloud.means[:9, 1] > 0).sum())
+    assert edited.n == 350 and record["splats"] == 300 and 0 < faint_ones <= record["splats_removed"]
+    assert record["splats_added"] == 50 + record["splats_removed"]
+    assert f"{record['splats_added']} splats added, {record['splats_removed']} removed" in console.file.getvalue()
+    kept = edited.n - record["splats_added"]
+    labels = edited.extra["label"]
+    assert (np.diff(labels[:kept]) > 0).all() and set(labels[kept:]) <= set(range(300))
+    outside = (cloud.means[:, 1] <= 0).nonzero()[:, 0]
+    at = torch.from_numpy(np.isin(labels[:kept], outside.numpy()).nonzero()[0])
+    assert torch.equal(edited.select(at).means, cloud.means[outside])
+    assert torch.equal(edited.select(at).shN, cloud.shN[outside])
+    rows = read_checkpoint(outcome.folder / "ckpts" / "last.pt")["log"]["rows"]
+    assert torch.equal(rows[:kept], torch.from_numpy(labels[:kept]).long()) and (rows[kept:] == -1).all()

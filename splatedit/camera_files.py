@@ -6,6 +6,7 @@ Cameras of one picture size of them.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import mmap
@@ -120,9 +121,7 @@ def beside(scene: str | Path) -> Path | None:
 
 def read_json(path: Path) -> CameraFile:
     """Read a .json file of cameras by what is in it; raises InputError."""
-    if path.stat().st_size > LARGEST_JSON:
-        raise InputError(f"{path}: {path.stat().st_size >> 20} MiB, expected at most {LARGEST_JSON >> 20} of cameras.")
-    content = parse_json(path, path.read_bytes())
+    content = _content(path)
     if isinstance(content, list):
         return read_inria(path, content)
     for key, read in READERS.items():
@@ -257,6 +256,9 @@ def read_colmap(folder: Path) -> CameraFile:
     ending = _colmap_ending(folder)
     if ending is None:
         raise InputError(f"{folder}: expected cameras.bin and images.bin (or .txt), as COLMAP writes them.")
+    pictures = next(
+        (up / "images" for up in (folder, *folder.absolute().parents[:3]) if (up / "images").is_dir()), None
+    )
     lenses, images = (_colmap_text if ending == ".txt" else _colmap_binary)(folder)
     views = []
     for where, name, quat, position, camera in images:
@@ -269,7 +271,7 @@ def read_colmap(folder: Path) -> CameraFile:
             raise InputError(f"{where}: position {_short(tuple(position))}, expected numbers below {FARTHEST:.0e}.")
         w2c = np.eye(4)
         w2c[:3, :3], w2c[:3, 3] = _rotation(np.asarray(quat) / length), position
-        views.append(View(name, w2c, lenses[camera]))
+        views.append(View(name, w2c, lenses[camera], _picture(pictures, name) if pictures else None))
     if not views:
         raise InputError(f"{folder / ('images' + ending)}: no images; expected at least one.")
     kind = "COLMAP text" if ending == ".txt" else "COLMAP binary"
@@ -390,9 +392,8 @@ def fit(views: Sequence[View], width: int, height: int) -> Cameras:
     if width < 1 or height < 1:
         raise InputError(f"size: found {width}x{height}, expected at least 1x1 pixels.")
     w2c, K = [], []
-    straight = {lens: pinhole(lens, f"camera {name}") for lens, name in {v.lens: v.name for v in views}.items()}
     for view in views:
-        lens = straight[view.lens]
+        lens = _straight(view.lens)
         scale = max(width / lens.width, height / lens.height)  # our pixels to one of the file's
         cx, cy = (lens.cx - lens.width / 2) * scale + width / 2, (lens.cy - lens.height / 2) * scale + height / 2
         w2c.append(view.w2c)
@@ -402,12 +403,8 @@ def fit(views: Sequence[View], width: int, height: int) -> Cameras:
 
 def size_of(views: Sequence[View]) -> tuple[int, int]:
     """Width and height in pixels that most of the views have, once distortion is undone."""
-    counts = Counter(view.lens for view in views)
-    sizes: Counter[tuple[int, int]] = Counter()
-    for lens, count in counts.items():
-        straight = pinhole(lens)
-        sizes[straight.width, straight.height] += count
-    return sizes.most_common(1)[0][0]
+    width, height = Counter(_straight(view.lens)[:2] for view in views).most_common(1)[0][0]
+    return width, height
 
 
 def read_dataparser(path: Path, file: CameraFile) -> tuple[np.ndarray, float]:
@@ -416,7 +413,7 @@ def read_dataparser(path: Path, file: CameraFile) -> tuple[np.ndarray, float]:
     dataparser_transforms.json counts from the original world: applied_transform and applied_scale of transforms.json
     are in it and come off again (nerfstudio/data/dataparsers/nerfstudio_dataparser.py). Raises InputError.
     """
-    content = _mapping(parse_json(path, path.read_bytes()), f"{path}: the content")
+    content = _mapping(_content(path), f"{path}: the content")
     transform = _matrix(_key(content, "transform", str(path)), (4, 4), f"{path}: transform", (3, 4))
     w2c_of(transform, f"{path}: transform")
     scale = _number(_key(content, "scale", str(path)), f"{path}: scale")
@@ -530,8 +527,26 @@ def _rotation(quat: np.ndarray) -> np.ndarray:
 
 
 def _sorted(file: CameraFile) -> CameraFile:
-    """By name, as the trainers sort them: every eighth is then the same camera everywhere."""
+    """By name, as the trainers sort them: every eighth is then the same camera everywhere. All lenses can be undone."""
+    for lens, name in {view.lens: view.name for view in file.views if view.lens.kind != "pinhole"}.items():
+        try:
+            _straight(lens)
+        except InputError:
+            pinhole(lens, f"{file.path}: {name}")  # the same error, with its place
     return file._replace(views=tuple(sorted(file.views, key=lambda view: view.name)))
+
+
+def _content(path: Path) -> Any:
+    """What a JSON file holds."""
+    if path.stat().st_size > LARGEST_JSON:
+        raise InputError(f"{path}: {path.stat().st_size >> 20} MiB, expected at most {LARGEST_JSON >> 20} of cameras.")
+    return parse_json(path, path.read_bytes())
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _straight(lens: Lens) -> Lens:
+    """`lenses.pinhole`, worked out once for each lens."""
+    return pinhole(lens)
 
 
 def _list(value: Any, where: str) -> list[Any]:

@@ -67,6 +67,8 @@ def find_capture(
         capture = load_capture(found, gaussians, scene, every, most)
     except InputError as error:
         return None, f"cameras: those found beside the scene are not used, but dome: {error}"
+    if capture.alike is not None and capture.alike < ALIKE:
+        return None, f"cameras: those found beside the scene are not used, but dome: {describe(capture)}"
     return capture, f"{describe(capture)} Found beside the scene; --cameras dome looks from all around instead."
 
 

@@ -394,6 +394,15 @@ def test_what_a_folder_holds(tmp_path, cloud):
     assert beside(tmp_path / "point_cloud" / "scene.ply") is None
 
 
+def test_colmap_finds_its_pictures(tmp_path):
+    views = some_views(2, 2)
+    write_colmap_text(tmp_path / "sparse/0", views)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "images" / views[1][0])
+    first, second = read_cameras(tmp_path).views
+    assert first.picture is None and second.picture == tmp_path / "images" / views[1][0]
+
+
 def test_frames_without_their_picture_are_left_out_and_counted(tmp_path):
     views = some_views(2, 4)
     path = tmp_path / "transforms.json"
@@ -447,6 +456,7 @@ def test_a_broken_camera_is_named(tmp_path, change, words):
         ({"w": None}, {}, ["w is missing"]),
         ({"k4": 0.1}, {}, ["k4", "OPENCV_FISHEYE"]),
         ({"k1": "x"}, {}, ["k1", "'x'"]),
+        ({"k1": -30}, {}, ["transforms.json: a.png", "(-30, 0, ", "folds the picture"]),
         ({"camera_angle_x": 4, "fl_x": None}, {}, ["camera_angle_x", "pi"]),
         ({"frames": []}, {}, ["frames", "at least one"]),
         ({"frames": {"a": 1}}, {}, ["frames", "list"]),

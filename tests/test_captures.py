@@ -245,5 +245,7 @@ def test_photographs_tell_the_world(cloud, tmp_path):
     wrong = load_capture(tmp_path / "same", upside_down)
     assert wrong.alike is not None and wrong.alike < 0
     assert "not like the photographs (correlation -0." in describe(wrong)
+    capture, said = find_capture("auto", tmp_path / "same" / "ball.ply", upside_down)
+    assert capture is None and "not used, but dome" in said and "not like the photographs" in said
     (tmp_path / "same" / "0.png").write_text("not a picture")
     assert load_capture(tmp_path / "same", cloud).alike == pytest.approx(same.alike, abs=0.01)

@@ -108,9 +108,7 @@ def make(config: Config, outputs: Sequence[str], console: Console) -> list[Path]
     paths = [Path(name).expanduser() for name in outputs]
     writers = [writer(path) for path in paths]
     if not without_text(config) and config.mask_text is None:
-        raise InputError(
-            "mask: none was asked for; give --mask, --mask-box, --mask-sphere, --mask-rule or --mask-text."
-        )
+        raise InputError("mask: none is given; give --mask, --mask-box, --mask-sphere, --mask-rule or --mask-text.")
     made = masked(config, console)
     for path, write in zip(paths, writers, strict=True):
         if path.resolve() == Path(config.scene).resolve():

@@ -14,7 +14,7 @@ from PIL import Image
 from splatedit.errors import InputError, LossWarning
 from splatedit.files import load, save
 from splatedit.formats.codebooks import codebook, palette
-from splatedit.formats.sog import palette_size, sog_losses
+from splatedit.formats.sog import _extent, palette_size, sog_losses
 
 few = settings(
     max_examples=10, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -269,7 +269,7 @@ def changed(part, **values):
         (changed("scales", files=["../s.webp"]), ("'../s.webp', which lies outside",)),
         (changed("scales", files=["/etc/passwd"]), ("'/etc/passwd', which lies outside",)),
         ({"s.webp": None}, ("no file 's.webp'",)),
-        ({"s.webp": b"not a picture"}, ("s.webp is not a sound WebP",)),
+        ({"s.webp": b"not a picture"}, ("s.webp is not a WebP or PNG picture",)),
         ({"s.webp": by_hand()["s.webp"][:-4]}, ("s.webp",)),
         ({"s.webp": picture([[[0, 0, 0, 0]]])}, ("s.webp has 1x1 pixels",)),
         ({"s.webp": picture(np.zeros((4096, 4096, 4)))}, ("all pictures together would unpack",)),
@@ -292,6 +292,14 @@ def test_a_folder_does_not_lead_out_of_itself(tmp_path):
     for name, data in by_hand(**changed("scales", files=["../s.webp"])).items():
         (inside / name).write_bytes(data)
     fails(inside, "which lies outside")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "lossless", "lossy", "extended"])
+def test_the_extent_of_a_picture_is_read_without_a_decoder(kind):
+    options = {"lossy": {"lossless": False}, "extended": {"icc_profile": b"profile"}}.get(kind, {})
+    data = picture(np.zeros((301, 77, 3)), "PNG" if kind == "PNG" else "WEBP", **options)
+    assert _extent(data) == (77, 301)
+    assert _extent(data[:11]) == (0, 0) and _extent(b"GIF89a" + data[6:]) == (0, 0)
 
 
 def test_not_a_zip(tmp_path):

@@ -45,18 +45,26 @@ WORDS = {word: model for model, word in MODELS.items()}
 
 
 class Picture(NamedTuple):
-    """A picture that is opened, but not unpacked yet."""
+    """A picture that is not unpacked yet."""
 
     path: Path  # of the scene
     name: str
-    image: Any  # PIL.Image.Image
+    data: bytes
+    width: int  # as its header says
+    height: int
 
     def pixels(self) -> np.ndarray:
         """(width x height, 4) uint8, row by row; raises InputError for a damaged one."""
+        from PIL import Image
+
         try:
-            return np.asarray(self.image.convert("RGBA")).reshape(-1, 4)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise InputError(f"{self.path}: {self.name} is cut short or damaged; copy it again.") from error
+            image = Image.open(io.BytesIO(self.data), formats=("WEBP", "PNG"))
+            if image.size != (self.width, self.height):
+                raise ValueError("two sizes")
+            return np.asarray(image.convert("RGBA")).reshape(-1, 4)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            text = "cut short or damaged; copy or download it again"
+            raise InputError(f"{self.path}: the picture {self.name} is {text}.") from error
 
 
 Pictures = dict[tuple[str, int], Picture]  # by the part of meta.json and which of its files
@@ -127,8 +135,6 @@ def _from_zip(path: Path, files: dict[str, bytes], name: str) -> bytes:
 
 def _pictures(path: Path, meta: dict, count: int, get: Callable[[str], bytes], available: int) -> Pictures:
     """All pictures that meta.json names; raises InputError for one too small, and for more than the file can hold."""
-    from PIL import Image
-
     pictures = {}
     for part, files in {"means": 2, "scales": 1, "quats": 1, "sh0": 1, "shN": 2}.items():
         if part == "shN" and not meta.get("shN"):
@@ -138,20 +144,33 @@ def _pictures(path: Path, meta: dict, count: int, get: Callable[[str], bytes], a
             raise InputError(f"{path}: {META}: {part}.files is {names!r:.80}, expected {files} file names.")
         for i, name in enumerate(names):
             data = get(name)
-            try:
-                image = Image.open(io.BytesIO(data), formats=("WEBP", "PNG"))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                raise InputError(f"{path}: {name} is not a sound WebP or PNG picture; export it again.") from error
-            pictures[part, i] = Picture(path, name, image)
-    for key, (_, name, image) in pictures.items():
-        if key != ("shN", 0) and image.width * image.height < count:
-            found = f"{image.width}x{image.height} pixels"
-            raise InputError(
-                f"{path}: {name} has {found}, expected one for each of {count} Gaussians; export it again."
-            )
-    unpacked = sum(4 * picture.image.width * picture.image.height for picture in pictures.values())
-    check_unpacked(path, available, unpacked, "all pictures together")
+            width, height = _extent(data)
+            if not width:
+                raise InputError(f"{path}: {name} is not a WebP or PNG picture; export it again.")
+            if (part, i) != ("shN", 0) and width * height < count:
+                found = f"{width}x{height} pixels"
+                raise InputError(f"{path}: {name} has {found}, expected one for each of {count} Gaussians.")
+            pictures[part, i] = Picture(path, name, data, width, height)
+    check_unpacked(path, available, sum(4 * p.width * p.height for p in pictures.values()), "all pictures together")
     return pictures
+
+
+def _extent(data: bytes) -> tuple[int, int]:
+    """Width and height by the header of a WebP or PNG picture, before a decoder allocates for it; 0 and 0 for others.
+
+    https://developers.google.com/speed/webp/docs/riff_container; the 14-bit fields of VP8L hold the number less 1.
+    """
+    kind = data[12:16]
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and kind == b"IHDR":
+        return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or kind not in (b"VP8L", b"VP8X", b"VP8 "):
+        return 0, 0
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    bits = int.from_bytes(data[21:25] if kind == b"VP8L" else data[26:30], "little")
+    if kind == b"VP8L":
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return bits & 0x3FFF, bits >> 16 & 0x3FFF
 
 
 def _part(path: Path, meta: dict, name: str) -> dict[str, Any]:
@@ -233,11 +252,11 @@ def _palette_rows(path: Path, meta: dict, count: int, pictures: Pictures) -> np.
     """Bytes of the higher harmonics of each Gaussian, (count, k, 3): its row of the palette; k is 0 without one."""
     if ("shN", 0) not in pictures:
         return np.zeros((count, 0, 3), np.uint8)
-    _, name, image = pictures["shN", 0]
-    bands = {ACROSS * k: degree for degree, k in SH_REST.items()}.get(image.width)
+    name, width = pictures["shN", 0].name, pictures["shN", 0].width
+    bands = {ACROSS * k: degree for degree, k in SH_REST.items()}.get(width)
     if not bands or meta["shN"].get("bands", bands) != bands:
         raise InputError(
-            f"{path}: {name} is {image.width} pixels wide for {meta['shN'].get('bands', 'unknown')} bands, expected "
+            f"{path}: {name} is {width} pixels wide for {meta['shN'].get('bands', 'unknown')} bands, expected "
             f"{ACROSS} times 3, 8 or 15 for 1, 2 or 3; export it again."
         )
     k = SH_REST[bands]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gzip
 import io
@@ -298,11 +299,11 @@ def retree(rng: random.Random, text: bytes) -> bytes:
         inside, key = rng.choice(places(box))
         way = rng.random()
         if way < 0.7:
-            inside[key] = rng.choice((*ATOMS, *RAW))
+            inside[key] = copy.deepcopy(rng.choice((*ATOMS, *RAW)))
         elif way < 0.85 and inside is not box:
             del inside[key]
         elif way < 0.95 and isinstance(inside, list):
-            inside.insert(key, rng.choice(inside) if rng.random() < 0.5 else inside[key])
+            inside.insert(key, copy.deepcopy(rng.choice(inside)))
         elif isinstance(inside, dict):
             inside[rng.choice(("", "x", key.upper(), "frames", "version"))] = inside.pop(key)
     out = json.dumps(box[0])
@@ -485,7 +486,11 @@ def resaved(rng: random.Random, files: Files) -> Files:
         inside, key = rng.choice(
             [(c, k) for c, k in places(content) if isinstance(c[k], torch.Tensor)] or places(content)
         )
-        inside[key] = spoilt_tensor(rng, inside[key]) if isinstance(inside[key], torch.Tensor) else rng.choice(ATOMS)
+        inside[key] = (
+            spoilt_tensor(rng, inside[key])
+            if isinstance(inside[key], torch.Tensor)
+            else copy.deepcopy(rng.choice(ATOMS))
+        )
         if rng.random() < 0.1:
             inside.pop(key)
         return {**files, name: torch_bytes(content)}

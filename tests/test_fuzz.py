@@ -7,6 +7,7 @@ More of them: `SPLATEDIT_FUZZ_FILES=100000 SPLATEDIT_FUZZ_SEED=7 pytest -m slow 
 import os
 import pickle
 import signal
+import struct
 import warnings
 from pathlib import Path
 
@@ -75,6 +76,44 @@ def test_the_command_line_says_it_in_one_line(tmp_path, monkeypatch, capsys, kin
     out, err = capsys.readouterr()
     assert end.value.code == 2 and not out
     assert len(err.splitlines()) == 1 and str(case) in err
+
+
+# ------------------------------------------------------------------------------------------------- what it has found
+
+
+def colmap_with(value: float) -> fuzz_files.Files:
+    """A model whose first camera has this principal point."""
+    (files,) = fuzz_files.colmap_binary()
+    cameras = bytearray(files["cameras.bin"])
+    struct.pack_into("<d", cameras, 8 + 24 + 16, value)
+    return {**files, "cameras.bin": bytes(cameras)}
+
+
+FOUND: dict[str, tuple[str, fuzz_files.Files]] = {
+    "a number of yaml with 5000 digits": ("sidecar", {"scene.yaml": b"up: " + b"9" * 5000}),
+    "yaml that multiplies": ("sidecar", {"scene.yaml": fuzz_files.YAML[0].encode()}),
+    "settings that multiply": ("config", {"run.yaml": fuzz_files.YAML[0].encode()}),
+    "settings in settings in settings": ("config", {"run.yaml": fuzz_files.YAML[3].encode()}),
+    "an unfinished header of .npy": ("rows", {"rows.npy": b"\x93NUMPY\1\0\x0e\0{'descr': '<i8'"}),
+    "a principal point beyond float32": ("colmap_binary", colmap_with(-1e39)),
+    "a column's name that a terminal would obey": (
+        "ply",
+        {"scene.ply": b"ply\nformat ascii 1.0\nelement \x1b[2J 0\nend_header\n"},
+    ),
+    "a mask of another kind, 20,000 characters long": (
+        "mask",
+        {"mask.json": b'{"splatedit_mask": 1, "mask": {"kind": "' + b"x" * 20_000 + b'"}}'},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_once(tmp_path, name):
+    kind, files = FOUND[name]
+    for file, content in files.items():
+        (tmp_path / file).write_bytes(content)
+    verdict, detail, _ = fuzz.attempt(fuzz_files.SUBJECTS[kind].read, tmp_path / fuzz_files.SUBJECTS[kind].given)
+    assert verdict == "refused", detail
 
 
 # ----------------------------------------------------------------------------------------------- the guard is guarded

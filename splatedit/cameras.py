@@ -133,7 +133,7 @@ def explain_up(gaussians: Gaussians) -> tuple[str, str]:
     common tool and has to be said.
     """
     for comment in (*gaussians.comments, *gaussians.obj_info):
-        up = _up_in_text(comment, brush=any("Exported from Brush" in c for c in gaussians.comments))
+        up = up_in_text(comment, brush=any("Exported from Brush" in c for c in gaussians.comments))
         if up:
             return up, f"the header says {comment.strip()!r}"
     scores = ground_scores(gaussians)
@@ -143,7 +143,8 @@ def explain_up(gaussians: Gaussians) -> tuple[str, str]:
     return DEFAULT_UP, "assumed, as in COLMAP captures: no header comment, no clear ground"
 
 
-def _up_in_text(text: str, brush: bool) -> str | None:
+def up_in_text(text: str, brush: bool = False) -> str | None:
+    """The axis, one of UPS, that a header comment says is up; None if it says nothing of the kind."""
     said = re.search(r"(?<![\w])([+-]?)([xyz])[ _-]?up\b", text, re.I)  # "Y-up"
     if said:
         return f"{said[1] or '+'}{said[2].lower()}"

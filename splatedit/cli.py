@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -12,7 +13,7 @@ import click
 
 from splatedit import __version__
 from splatedit.config import GUIDANCES, KEYS, UPS, Config, colour, load_config
-from splatedit.errors import InputError
+from splatedit.errors import InputError, LossWarning
 
 MISTAKE, CRASH, INTERRUPTED = 2, 1, 130
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a full or failing disk is nobody's mistake
@@ -149,6 +150,28 @@ def info(file: str, as_json: bool) -> None:
         click.echo(json.dumps(description, indent=1))
     else:
         click.echo(format(description))
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("source", metavar="A")
+@click.argument("target", metavar="B")
+@click.option(
+    "--sh-degree", type=click.IntRange(0, 3), metavar="N", help="drop spherical harmonics above, or add zeros"
+)
+@click.option("--up", type=click.Choice(UPS), default=None, help="turn the scene so that this axis is up in B")
+@click.help_option("-h", "--help", help="print this and stop")
+def convert(source: str, target: str, sh_degree: int | None, up: str | None) -> None:
+    """Write splat file A as B: the ending of B says the format.
+
+    Formats: .ply, .compressed.ply (SuperSplat), .splat, .spz, .sog; also read: checkpoints of gsplat (.pt) and
+    nerfstudio (.ckpt). What B cannot hold is said on stderr. Cameras that belong to A do not fit B once --up has turned
+    the scene. The path of B is the last line on stdout.
+    """
+    from splatedit.conversion import convert_file
+
+    for line in convert_file(source, target, sh_degree, up):
+        click.echo(line, err=True)
+    click.echo(target)
 
 
 @cli.command(context_settings=CONTEXT)
@@ -420,7 +443,10 @@ def read_colour(text: str) -> tuple[float, float, float]:
 def main() -> NoReturn:
     """Run the command line; a user's mistake is one line on stderr and exit status 2."""
     try:
-        cli.main(prog_name="splatedit", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", LossWarning)
+            warnings.showwarning = show_warning
+            cli.main(prog_name="splatedit", standalone_mode=False)
     except InputError as error:
         fail(str(error), CRASH if getattr(error.__cause__, "errno", None) in DISK else MISTAKE)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -438,6 +464,12 @@ def main() -> NoReturn:
             raise
         fail(f"{error.filename or 'a file'}: {error.strerror}", CRASH)
     sys.exit(0)
+
+
+def show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
+    """One line on stderr: for a loss what is lost, for any other warning where it came from, too."""
+    where = "" if issubclass(category, LossWarning) else f"{filename}:{lineno}: {category.__name__}: "
+    click.echo(f"splatedit: warning: {where}{' '.join(str(message).split())}", err=True)
 
 
 def fail(message: str, status: int) -> NoReturn:

@@ -46,8 +46,9 @@ def load(path: str | Path) -> Gaussians:
 def save(gaussians: Gaussians, path: str | Path) -> None:
     """Write a splat file of the kind its ending says, atomically: the target is either untouched or complete.
 
-    A .ply is little-endian and binary, its columns in the order of the file they came from, else in INRIA's. What the format cannot hold is said by a LossWarning. Raises
-    InputError if the target cannot be written or the scene is unsound.
+    A .ply is little-endian and binary, its columns in the order of the file they came from, else in INRIA's. What the
+    format cannot hold is said by a LossWarning. Raises InputError if the target cannot be written or the scene is
+    unsound.
     """
     path = Path(path).expanduser()
     form, write = check_target(path)

@@ -18,7 +18,7 @@ import torch
 from splatedit.errors import InputError
 from splatedit.formats.checks import check_write, unnamed_losses
 from splatedit.formats.ply_file import NAMES, PlyFile, table, table_of, write_tables
-from splatedit.gaussians import SH_C0, SH_REST, Gaussians
+from splatedit.gaussians import PARAMETERS, SH_C0, SH_REST, Gaussians
 
 CHUNK = 256
 RANGES = {  # columns of an element `chunk`: minima, then maxima
@@ -55,11 +55,11 @@ def unpack(ply: PlyFile) -> Gaussians:
         "sh0": ((_within(colours[:, :3], ranges["colours"][which]) - 0.5) / SH_C0)[:, None],
         "shN": _harmonics(ply, count),
     }
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(value, np.float32)) for name, value in values.items()}
+    tensors = (torch.from_numpy(np.ascontiguousarray(values[name], np.float32)) for name in PARAMETERS)
     extra = {name: vertex[name].copy() for name in ply.elements["vertex"].columns if name not in PACKED}
     others = {e.name for e in ply.elements.values() if not e.lists} - {"chunk", "vertex", "sh"}
     elements = {name: table(ply, name) for name in ply.elements if name in others}
-    return Gaussians(**tensors, extra=extra, comments=ply.comments, obj_info=ply.obj_info, elements=elements)
+    return Gaussians(*tensors, extra=extra, comments=ply.comments, obj_info=ply.obj_info, elements=elements)
 
 
 def _check_header(ply: PlyFile) -> int:
@@ -162,7 +162,8 @@ def write_compressed_ply(gaussians: Gaussians, stream: IO[bytes], path: Path) ->
     """Write a compressed PLY to a stream; `path` is only named in errors.
 
     Gaussians are put into Morton order, so that the 256 of a chunk are neighbours. Errors: positions, log scales and
-    colours 1/2046 (y: 1/1022; colours: 1/510) of their range within a chunk, opacity 1/510, higher harmonics 1/64.
+    colours 1/2046 (y: 1/1022; colours: 1/510) of their range within a chunk, opacity 1/510, rotations 0.25 degrees,
+    higher harmonics 1/64 (1/32 in the outermost of the 256 steps).
     """
     values = check_write(gaussians, path)
     order = morton_order(values["means"])

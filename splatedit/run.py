@@ -198,6 +198,7 @@ def prepare(config: Config, console: Console, saved: dict[str, Any] | None = Non
     from splatedit.editing import resolve_device
     from splatedit.files import load, sidecar
     from splatedit.priors import load_prior
+    from splatedit.stack import introduce
 
     device = resolve_device(config.device)
     gaussians, beside = load(config.scene), sidecar(config.scene)
@@ -208,6 +209,8 @@ def prepare(config: Config, console: Console, saved: dict[str, Any] | None = Non
         prior = load_prior(config.model, device, offline=config.offline)
     prior.text([config.prompt])  # a word the model does not know is told now, not after the first pictures
     console.print(escape(f"{gaussians.n:,} splats from {config.scene}, model {prior.name}, on {device}"))
+    if line := introduce(config.scene):
+        console.print(escape(line))
     job = Job(config, gaussians, prior, "", "none", config.up or beside.up, capture)
     if saved is not None:
         job = job._replace(source_prompt=saved["source_prompt"], origin=saved["origin"], up=saved["up"])
@@ -401,6 +404,7 @@ def warn_early(console: Console, step: Step) -> None:
 def write(job: Job, console: Console, folder: Path, log: Log, keeper: Keeper) -> dict[str, Any]:
     """Write everything but run.json, the edited splats first; return what run.json shall hold."""
     from splatedit.report import write_report
+    from splatedit.stack import Stack
 
     raw, edited, lost = write_splats(job, folder, log)
     if log.last is not None and log.whole:
@@ -408,7 +412,9 @@ def write(job: Job, console: Console, folder: Path, log: Log, keeper: Keeper) ->
     record, report, pairs = facts(job, log), None, []
     if log.rows is not None:
         console.print(f"{record['splats_added']:,} splats added, {record['splats_removed']:,} removed")
+    number = None
     try:
+        number = remember(job, folder, log, record, console)
         with console.status("measuring the change"):
             report = measure(job, raw, log.rows)
         with console.status("drawing"):
@@ -428,6 +434,9 @@ def write(job: Job, console: Console, folder: Path, log: Log, keeper: Keeper) ->
     }
     record["source_cache"] = log.cache
     record["peak_memory_mib"] = peak_memory()
+    if number:
+        with suppress(InputError):
+            Stack(folder / "edited.ply").note(number, verdict=report and report.verdict, change=record["change"])
     write_json({"change": record["change"], "curve": curve(log)}, folder / "metrics.json")
     if pairs:
         write_report(record, pairs, folder / "report.html")
@@ -450,6 +459,18 @@ def write_splats(job: Job, folder: Path, log: Log) -> tuple[Gaussians, Gaussians
     edited, lost = mend(raw, job.gaussians, log.rows)
     save(edited._replace(comments=(*job.gaussians.comments, signature(job))), folder / "edited.ply")
     return raw, edited, lost
+
+
+def remember(job: Job, folder: Path, log: Log, record: dict[str, Any], console: Console) -> int | None:
+    """Record the edit in the history of edited.ply, on top of the scene's own; return its number, if that works."""
+    from splatedit.stack import push
+
+    facts = {**record, "config": asdict(job.config)}
+    try:
+        return push(folder / "edited.ply", job.gaussians, log.rows, facts, scene=job.config.scene).number
+    except (InputError, OSError) as error:
+        warn(console, f"{error} So this edit cannot be undone; edited.ply is complete all the same.")
+        return None
 
 
 def without_lost(edited: Gaussians, rows: Tensor | None) -> tuple[Gaussians, Tensor | None]:

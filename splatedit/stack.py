@@ -371,8 +371,10 @@ def push(
     state = source_state(before, scene)
     stack = Stack(path)
     with owned(stack.own, stack.file):
-        stack.read()
         stack.folder, stack.entries = stack.own, read_entries(stack.own)
+        known = stack.find(digest_of(edited)) if stack.entries else None
+        if known:  # the very same edit: a run that was cut off after this
+            return stack.entries[known]
         stack.at = stack.find(digest_of(state)) if stack.entries else None
         if stack.at is None:
             set_aside(stack.own)
@@ -447,6 +449,21 @@ def inherit(stack: Stack, scene: str | Path | None, digest: str) -> int:
         stack.entries = read_entries(stack.own)
         return number or 0
     return 0
+
+
+def introduce(scene: str | Path) -> str | None:
+    """What a run says of the history of its scene, in a line; None if there is none."""
+    try:
+        stack = Stack(scene) if history_folder(Path(os.path.realpath(scene))).is_dir() else None
+    except InputError as error:
+        return f"{error} A new history begins."
+    if stack is None or not stack.entries:
+        return None
+    if stack.at is None:
+        return f"{scene} was changed by another program since its last edit: a new history begins."
+    edits = sum(entry.kind == "edit" for entry in stack.done)
+    last = f", the last {stack.done[-1].title}" if stack.done else ""
+    return f"{edits} edit{'s' if edits != 1 else ''} in its history{last}"
 
 
 def set_aside(folder: Path) -> None:

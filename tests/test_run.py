@@ -2,6 +2,8 @@ import hashlib
 import io
 import json
 import math
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from splatedit.config import Config, load_config
 from splatedit.errors import InputError, Lost
 from splatedit.folders import output_folder, slug
 from splatedit.run import curve, mend, run, write_json
+from splatedit.stack import Stack, introduce
 
 PARTS = {"render", "encode", "prior", "optimise"}
 
@@ -85,6 +88,7 @@ def test_a_run_writes_everything_it_promises(config, cloud, scene_file):
             "cmd.txt",
             "run.json",
             "edited.ply",
+            "edited.ply.history",
             "renders",
             "turntable.mp4",
             "metrics.json",
@@ -131,6 +135,27 @@ def test_a_run_writes_everything_it_promises(config, cloud, scene_file):
     assert sorted(p.name for p in (folder / "renders").iterdir())[:2] == ["00_after.png", "00_before.png"]
     assert len(list((folder / "renders").iterdir())) == 2 * 8 + 1
     assert "step 3/3" in said(console) and "loss" in said(console) and "s/step" in said(console)
+
+
+def test_a_run_on_an_edited_file_goes_on_with_its_history(config, scene_file, monkeypatch, few_frames):
+    fake_edit(monkeypatch, recolored)
+    first = run(replace(config, steps=1), shout())
+    again = replace(config, steps=1, scene=str(first.edited), prompt="a dog")
+    console = shout()
+    second = run(again, console)
+    assert "1 edit in its history, the last 'a cat' to 'a pig'" in said(console)
+    contents = [path.read_bytes() for path in (scene_file, first.edited, second.edited)]
+    shutil.rmtree(first.folder)
+    history = Stack.open(second.edited)
+    assert [entry.title for entry in history.done] == ["'a cat' to 'a pig'", "'a cat' to 'a dog'"]
+    record = history.done[-1].record
+    assert record["config"]["prompt"] == record["prompt"] == "a dog" and record["versions"]["torch"]
+    assert record["verdict"] == second.record["change"]["verdict"] and record["seed"] == 0
+    for content in contents[1::-1]:
+        history.undo()
+        assert second.edited.read_bytes() == content
+    second.edited.write_bytes(contents[1] + b" ")
+    assert "changed by another program" in (introduce(second.edited) or "") and introduce(scene_file) is None
 
 
 def test_the_film_shows_both_and_the_page_stands_alone(config, few_frames):

@@ -573,6 +573,13 @@ def sog_folder_files() -> list[Files]:
     return [unzip(files["scene.sog"]) for files in splat_files("sog")]
 
 
+def ksplat_files() -> list[Files]:
+    """All levels, with and without harmonics."""
+    from test_formats_ksplat import by_hand
+
+    return [{"scene.ksplat": by_hand(level, degree)[0]} for level in (0, 1, 2) for degree in (0, 1, 2)]
+
+
 def gsplat_files() -> list[Files]:
     """Checkpoints of gsplat: one rank, and two."""
     one = [
@@ -769,6 +776,7 @@ SPLATS = {
     ),
     "splat": Subject("splat", "scene.splat", lambda: splat_files("splat"), read_splats, ANY),
     "spz": Subject("spz", "scene.spz", spz_files, read_splats, (*ANY, regzipped)),
+    "ksplat": Subject("ksplat", "scene.ksplat", ksplat_files, read_splats, ANY),
     "sog": Subject("sog", "scene.sog", lambda: splat_files("sog"), read_splats, (damaged, rezipped, rezipped)),
     "sog_folder": Subject("sog_folder", ".", sog_folder_files, read_splats, (*ANY, retreed)),
     "checkpoint": Subject("checkpoint", "ckpt_9_rank0.pt", gsplat_files, read_splats, (damaged, resaved, resaved)),

@@ -18,7 +18,7 @@ from splatedit.formats import Format, endings, format_of
 from splatedit.formats.limits import check_yaml
 from splatedit.gaussians import Gaussians
 
-ELSEWHERE = {".ksplat", ".lcc"}  # what splat-transform turns into .ply
+ELSEWHERE = {".lcc"}  # what splat-transform turns into .ply
 
 
 def load(path: str | Path) -> Gaussians:

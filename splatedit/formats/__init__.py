@@ -8,6 +8,7 @@ from typing import IO, NamedTuple
 
 from splatedit.formats.checkpoints import newest_checkpoint, read_checkpoint
 from splatedit.formats.compressed_ply import compressed_ply_losses, write_compressed_ply
+from splatedit.formats.ksplat import read_ksplat
 from splatedit.formats.ply import ply_losses, read_ply, write_ply
 from splatedit.formats.sog import read_sog, sog_losses, write_sog
 from splatedit.formats.splat import read_splat, splat_losses, write_splat
@@ -33,6 +34,7 @@ FORMATS: dict[str, Format] = {
     ),
     "sog": Format("sog", (".sog", "meta.json"), read_sog, write_sog, sog_losses),
     "splat": Format("splat", (".splat",), read_splat, write_splat, splat_losses),
+    "ksplat": Format("ksplat", (".ksplat",), read_ksplat, None, lambda _: []),
     "spz": Format("spz", (".spz",), read_spz, write_spz, spz_losses),
     "checkpoint": Format("checkpoint", (".pt", ".ckpt", ".pth", "config.yml"), read_checkpoint, None, lambda _: []),
 }

@@ -13,6 +13,7 @@ from splatedit.gaussians import PARAMETERS, Gaussians
 
 # A byte of 0 or 255 would be a logit of minus or plus infinity; splat-transform keeps the same distance.
 CLEAR = 1e-6
+FLAT = float(np.finfo(np.float32).tiny)  # stands for a standard deviation of 0, which has no logarithm
 
 # The header comment by which Brush and splat-transform say that a scene was trained with Mip-Splatting's filter.
 RENDER_MODE = "SplatRenderMode:"

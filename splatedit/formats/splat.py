@@ -14,11 +14,10 @@ import numpy as np
 
 from splatedit.errors import InputError
 from splatedit.formats.checks import check_write, unnamed_losses
-from splatedit.formats.packing import assemble, normalized, opacity_bytes, opacity_logits, to_bytes
+from splatedit.formats.packing import FLAT, assemble, normalized, opacity_bytes, opacity_logits, to_bytes
 from splatedit.gaussians import SH_C0, Gaussians
 
 ROW = np.dtype([("mean", "<f4", 3), ("scale", "<f4", 3), ("colour", "u1", 3), ("opacity", "u1"), ("quat", "u1", 4)])
-FLAT = float(np.finfo(np.float32).tiny)  # stands for a standard deviation of 0, which has no logarithm
 
 
 def read_splat(path: Path) -> Gaussians:

@@ -42,15 +42,15 @@ def load(path: str | Path) -> Mask:
     """
     path = Path(path).expanduser()
     suffix = path.suffix.lower()
-    form = format_of(path)
-    if suffix not in ROWS and (form is None or form.read is None):
+    form, splats = format_of(path), suffix not in ROWS or path.name.lower() == "meta.json"  # of a .sog folder
+    if splats and (form is None or form.read is None):
         kinds = ", ".join((*ROWS, *endings(read=True)))
         raise InputError(f"{path}: cannot be a mask; expected a file that ends in one of {kinds}.")
-    if suffix not in ROWS:
+    if splats:
         from splatedit.files import load as load_splats
 
         assert form is not None
-        return Matching.of(load_splats(path), form.name, path.name)
+        return Matching.of(load_splats(path), inside(path, form.name), path.name)
     try:
         content = ROWS[suffix](path)
     except InputError:
@@ -61,6 +61,14 @@ def load(path: str | Path) -> Mask:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise InputError(f"{path}: not a sound {suffix} file ({reason}); expected a mask or a list of rows.") from None
     return content if isinstance(content, Mask) else rows_of(content, path)
+
+
+def inside(path: Path, kind: str) -> str:
+    """The format of a splat file that is there, by what is in it: a plain .ply may be a compressed one."""
+    if kind != "ply":
+        return kind
+    with open(path, "rb") as stream:
+        return "compressed_ply" if b"packed_position" in stream.read(4096) else kind
 
 
 def rows_of(content: np.ndarray, path: Path) -> Indices:

@@ -57,15 +57,21 @@ def as_chunks(points: np.ndarray) -> np.ndarray:
     return steps + as_float32(points)
 
 
+def as_blocks(points: np.ndarray) -> np.ndarray:
+    """Of .ksplat: 2.5 world units in 32767 steps, the usual block of GaussianSplats3D; also if it keeps float32."""
+    return np.full(len(points), np.sqrt(3) * 2.5 / 32767) + as_float32(points)
+
+
 def as_log_steps(points: np.ndarray) -> np.ndarray:
     """Of .sog: 16 bits across the box of sign(x) log(1 + |x|)."""
     log = np.sign(points) * np.log1p(np.abs(points))
     return np.linalg.norm(np.ptp(log, axis=0) / 65535 * (1 + np.abs(points)), axis=1) + as_float32(points)
 
 
-# One step of the grid that a format rounds to, for each kind of file; all others keep float32.
+# One step of the grid that a format rounds to, by keys of formats.FORMATS; all others keep float32.
 TOLERANCES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "compressed.ply": as_chunks,
+    "compressed_ply": as_chunks,
+    "ksplat": as_blocks,
     "spz": as_fixed_point,
     "sog": as_log_steps,
 }

@@ -39,7 +39,7 @@ BLUR = 0.6  # standard deviation in pixels of the latents
 NEIGHBOURS = 16  # Gaussians that a relevance is averaged over
 ROWS = 32  # pictures that go through the network at once
 GRID = 16  # side of the attention maps that are read, where a network has several (arXiv 2208.01626)
-AGREE, STAND_OUT = 0.5, 1.5  # below these a relevance is noise, or flat: see `threshold`
+AGREE, STAND_OUT = 0.5, 1.15  # below these a relevance is noise, or flat: see `threshold`
 
 
 class Measured(NamedTuple):

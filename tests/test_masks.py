@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -178,6 +179,8 @@ def test_what_is_not_in_the_scene_is_counted():
 
 def rounded(kind, points):
     """Positions (n, 3) as the format keeps them, by its definition."""
+    if kind == "ksplat":  # from the middle of a block
+        return np.round(points / 2.5 * 32767) / 32767 * 2.5
     if kind == "spz":
         return np.round(points * 4096) / 4096
     if kind == "sog":
@@ -205,6 +208,24 @@ def test_positions_a_format_has_rounded_are_within_its_tolerance(kind, seed):
     assert (gone <= mask.tolerance).all() and mask.tolerance.max() < 0.05
     assert mask.found(whole).tolist() == chosen.tolist()
     assert Matching.of(part, "ply").found(whole).tolist().count(-1) > 250, "as exact positions they are others"
+
+
+def test_tolerances_are_of_formats():
+    from splatedit.formats import FORMATS
+
+    assert set(TOLERANCES) < set(FORMATS)
+
+
+@pytest.mark.parametrize("name", ["s.compressed.ply", "s.ply", "s.spz", "s.sog", "s.splat"])
+def test_a_selection_saved_in_any_format_is_found(name, tmp_path):
+    whole, written = random_scene(), tmp_path / name
+    chosen = torch.arange(1, 400, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the format loses
+        save_splats(whole.select(chosen), written)
+    assert rows(load(written), whole) == chosen.tolist()
+    if name == "s.compressed.ply":
+        assert rows(load(written.rename(tmp_path / "renamed.ply")), whole) == chosen.tolist()
 
 
 def test_steps_of_formats():

@@ -570,7 +570,7 @@ def spz_files() -> list[Files]:
 
 def sog_folder_files() -> list[Files]:
     """Unpacked .sog files."""
-    return [unzip(files["scene.sog"]) for files in splat_files("sog")]
+    return [unzip(files["scene.sog"]) for files in samples("sog")]
 
 
 def ksplat_files() -> list[Files]:

@@ -4,9 +4,11 @@ import errno
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,13 +205,14 @@ def edit_step():
 
 # ------------------------------------------------------------------------------------------------------------- the run
 @pytest.fixture
-def config(scene_file, tiny_model, tmp_path, monkeypatch):
-    """Six steps with three cameras on the ball by the untrained prior, a checkpoint after each."""
+def config(scene_file, pictures, tmp_path, monkeypatch, one_thread):
+    """Six steps with three cameras on the ball by a prior that answers at once, a checkpoint after each."""
     monkeypatch.setattr("splatedit.run.FRAMES", 2)
     monkeypatch.setattr("splatedit.run.VIEWS", 2)
-    paths = {"scene": scene_file, "model": tiny_model, "output_dir": tmp_path / "out"}
-    words = ["source_prompt=a cat", "steps=6", "cameras=dome:3", "device=cpu", "guidance=dds", "checkpoint_every=1"]
-    return load_config(options={**{k: str(v) for k, v in paths.items()}, "prompt": "a pig"}, words=words)
+    monkeypatch.setattr("splatedit.priors.load_prior", lambda *_, **__: ToyPrior(pictures))
+    options = {"scene": str(scene_file), "prompt": "blue", "output_dir": str(tmp_path / "out")}
+    words = ["source_prompt=red", "steps=6", "cameras=dome:3", "device=cpu", "guidance=dds", "checkpoint_every=1"]
+    return load_config(options=options, words=words)
 
 
 def shout():
@@ -269,29 +272,27 @@ def test_a_run_that_died_goes_on_in_its_folder_and_ends_the_same(config, whole, 
 
 def test_a_finished_run_says_so_and_more_steps_go_on_from_its_end(config, whole, monkeypatch):
     edited = whole.edited.read_bytes()
-    monkeypatch.setattr("splatedit.run.optimise", lambda *_: pytest.fail("nothing is left to do"))
-    again = run(config, console := shout(), resume=whole.folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("splatedit.run.optimise", lambda *_: pytest.fail("nothing is left to do"))
+        again = run(config, console := shout(), resume=whole.folder)
     assert "is finished: 6 of 6 steps" in said(console) and again.edited == whole.edited
     assert again.status == whole.status and whole.edited.read_bytes() == edited
-    with pytest.raises(InputError, match="no unfinished run of .* to 'a pig' in .*; the newest, .*, is finished"):
+    with pytest.raises(InputError, match="no unfinished run of .* to 'blue' in .*; the newest, .*, is finished"):
         folders.newest(config)
     with pytest.raises(InputError, match="guidance was 'dds'.*now it is 'ids'"):
         run(replace(config, guidance="ids"), shout(), resume=whole.folder)
-    monkeypatch.undo()
-    monkeypatch.setattr("splatedit.run.FRAMES", 2)
     longer = run(replace(config, steps=8), shout(), resume=whole.folder)
     assert longer.record["steps"] == 8 and longer.record["resumed_after"] == [6]
     assert len(json.loads((longer.folder / "metrics.json").read_text())["curve"]["loss"]) == 8
     assert longer.edited.read_bytes() != edited and load_config(longer.folder / "config.yaml").steps == 8
 
 
-@pytest.mark.parametrize("name", ["measure", "draw_pairs", "write_report"])
-def test_a_run_that_dies_while_it_writes_goes_on_without_a_step(name, config, whole, monkeypatch):
+def test_a_run_that_dies_while_it_writes_goes_on_without_a_step(config, whole, monkeypatch):
     def die(*_):
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(f"splatedit.{'report' if name == 'write_report' else 'run'}.{name}", die)
+        patch.setattr("splatedit.run.draw_pairs", die)
         run(config, shout())
     folder = folders.newest(config)
     with monkeypatch.context() as patch:
@@ -347,9 +348,10 @@ def test_one_ctrl_c_ends_after_the_step_and_the_run_goes_on_from_there(config, w
 
 
 def test_a_folder_in_use_is_left_alone(config, whole):
-    holder = f"import pathlib,time; from splatedit.folders import locked\nwith locked(pathlib.Path({str(whole.folder)!r})):\n"
-    holder += " print('held', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", holder], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+    holder = "import pathlib, sys, time\nfrom splatedit.folders import locked\n"
+    holder += "with locked(pathlib.Path(sys.argv[1])):\n print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", holder, str(whole.folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(InputError, match="another run is working in this folder"):
             run(replace(config, steps=9), shout(), resume=whole.folder)
@@ -365,7 +367,7 @@ def test_a_new_run_says_that_another_is_unfinished(config, monkeypatch):
     cut = folders.newest(config)
     run(config, console := shout())
     assert f"{cut} is unfinished; --resume goes on there" in said(console)
-    run(replace(config, prompt="a dog"), console := shout())
+    run(replace(config, prompt="red"), console := shout())
     assert "unfinished" not in said(console)
 
 
@@ -398,7 +400,10 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_the_edit_goes_on(c
 
 
 @needs_proc
-@pytest.mark.parametrize("name", ["edited.ply", "00_before.png", "turntable.mp4", "metrics.json", "run.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["edited.ply", *(pytest.param(n, marks=pytest.mark.slow) for n in ("00_before.png", "turntable.mp4", "run.json"))],
+)
 def test_results_that_cannot_be_written_are_an_error_and_nothing_is_lost(name, config, whole, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(InputError, match=f"{name}: cannot be written .No space left"):
         patch.setattr("splatedit.files.os.fsync", full(name, 0))
@@ -407,3 +412,109 @@ def test_results_that_cannot_be_written_are_an_error_and_nothing_is_lost(name, c
     folder = folders.newest(config)
     assert not list(folder.rglob("*.part")) and not (folder / name).exists()
     same_result(whole, run(config, shout(), resume=folder))
+
+
+# ------------------------------------------------------------------------------------------------------------- kill -9
+@pytest.mark.slow
+def test_a_run_that_dies_at_any_of_its_writes_ends_the_same(config, whole, monkeypatch):
+    """Every file that a run writes, one after the other, is the last."""
+    sync, ended, last = files.os.fsync, False, 0
+    for last in range(100):
+        left = [last]
+
+        def fsync(handle, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            sync(handle)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("splatedit.folders.shutil.rmtree", lambda _: None)
+            patch.setattr("splatedit.files.os.fsync", fsync)
+            try:
+                run(config, shout())
+                ended = True
+                break
+            except Killed:
+                pass
+        try:
+            folder = folders.newest(config)
+        except InputError:  # not even its settings were written
+            continue
+        same_result(whole, run(config, shout(), resume=folder))
+    assert ended and last > 20
+
+
+def check_whole(folder):
+    """Every file that a killed run left behind can be read."""
+    from PIL import Image
+
+    for path in folder.rglob("*"):
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".png":
+            Image.open(path).load()
+        elif path.suffix == ".ply":
+            files.load(path)
+        elif path.suffix == ".pt":
+            read_checkpoint(path)
+        elif path.name == "config.yaml":
+            load_config(path)
+
+
+@pytest.mark.slow
+def test_kill_9_at_20_random_moments(scene_file, tiny_model, tmp_path):
+    """A real run is killed, resumed and killed again until it gets through, on and on until it was killed 20 times."""
+    command = [sys.executable, "-m", "splatedit", "run"]
+    settings = ["--source-prompt", "a cat", "--model", str(tiny_model), "--cameras", "orbit:3", "--guidance", "dds"]
+    settings += ["steps=12", "checkpoint_every=3", "device=cpu"]
+    log, env = tmp_path / "log", {**os.environ, "OMP_NUM_THREADS": "1"}
+    rng = random.Random(0)
+
+    def start(*words):
+        with open(log, "w") as stream:
+            return subprocess.Popen([*command, *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=stream)
+
+    def loaded(process):
+        """Seconds until the model is there, or the process at its end."""
+        begin = time.monotonic()
+        while "splats from" not in log.read_text() and process.poll() is None:
+            time.sleep(0.02)
+        return time.monotonic() - begin
+
+    fresh = [str(scene_file), "a pig", *settings, "-o"]
+    process = start(*fresh, str(tmp_path / "whole"))
+    loading, begin = loaded(process), time.monotonic()
+    out, _ = process.communicate()
+    working = time.monotonic() - begin
+    whole = Path(out.decode().rstrip("\n"))
+    expected = whole.read_bytes(), json.loads((whole.parent / "metrics.json").read_text())
+
+    kills, moments = 0, []
+    while kills < 20:
+        top = tmp_path / f"out{kills}"
+        words, done = [*fresh, str(top)], None
+        while done is None:
+            process = start(*words)
+            if rng.random() < 0.1:
+                time.sleep(rng.uniform(0, loading))
+            else:
+                loaded(process)
+                time.sleep(rng.uniform(0, working))
+            if process.poll() is None:
+                process.kill()
+                kills += 1
+            out, _ = process.communicate()
+            if process.returncode >= 0:
+                assert process.returncode in (0, 3), log.read_text()
+                done = Path(out.decode().rstrip("\n"))
+                break
+            for folder in (path.parent for path in top.glob("*/*/config.yaml")):
+                check_whole(folder)
+                last = folder / "ckpts" / "last.pt"
+                moments.append((read_checkpoint(last)["step"] if last.exists() else 0, len(list(folder.rglob("*.*")))))
+                words = ["--resume", str(folder)]
+        assert done.read_bytes() == expected[0]
+        assert json.loads((done.parent / "metrics.json").read_text()) == expected[1]
+        assert not list(done.parent.rglob("*.part"))
+    print("steps in the last checkpoint and files there, at each kill:", moments)

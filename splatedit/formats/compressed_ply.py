@@ -14,9 +14,11 @@ from typing import IO
 
 import numpy as np
 import torch
+from scipy.special import expit
 
 from splatedit.errors import InputError
 from splatedit.formats.checks import check_write, unnamed_losses
+from splatedit.formats.packing import from_smallest_three, normalized, opacity_logits, smallest_three
 from splatedit.formats.ply_file import NAMES, PlyFile, table, table_of, write_tables
 from splatedit.gaussians import PARAMETERS, SH_C0, SH_REST, Gaussians
 
@@ -32,7 +34,6 @@ BITS_4 = ((24, 8), (16, 8), (8, 8), (0, 8))  # red, green, blue, opacity
 BITS_QUAT = ((20, 10), (10, 10), (0, 10))  # the three components that are not the largest; bits 30, 31 say which is
 SCALES = (-20.0, 20.0)  # log scales beyond are clamped
 SH_LIMIT = 4.0
-OPAQUE = 1e-6  # the byte 255 means opaque: an infinite logit, which nothing can optimise; so this short of 1, and of 0
 
 
 def is_compressed(ply: PlyFile) -> bool:
@@ -46,12 +47,11 @@ def unpack(ply: PlyFile) -> Gaussians:
     vertex, ranges = table(ply, "vertex"), _ranges(ply)
     which = np.minimum(np.arange(count) // CHUNK, len(ranges["means"]) - 1)
     colours = _unorm(vertex["packed_color"], BITS_4)
-    alpha = np.clip(colours[:, 3], OPAQUE, 1 - OPAQUE)
     values = {
         "means": _within(_unorm(vertex["packed_position"], BITS_3), ranges["means"][which]),
         "quats": _quats(vertex["packed_rotation"]),
         "scales": _within(_unorm(vertex["packed_scale"], BITS_3), ranges["scales"][which]),
-        "opacities": np.log(alpha) - np.log1p(-alpha),
+        "opacities": opacity_logits(vertex["packed_color"] & 255),
         "sh0": ((_within(colours[:, :3], ranges["colours"][which]) - 0.5) / SH_C0)[:, None],
         "shN": _harmonics(ply, count),
     }
@@ -131,13 +131,7 @@ def _within(fractions: np.ndarray, ranges: np.ndarray) -> np.ndarray:
 
 def _quats(packed: np.ndarray) -> np.ndarray:
     """Unit quaternions (n, 4), w x y z, from the three smaller components and the number of the largest."""
-    small = (_unorm(packed, BITS_QUAT) - 0.5) * 2**0.5
-    largest = np.sqrt(np.maximum(0, 1 - (small**2).sum(1)))
-    quats = np.empty((len(packed), 4))
-    for which in range(4):
-        rows = packed >> 30 == which
-        quats[rows] = np.insert(small[rows], which, largest[rows], 1)
-    return quats
+    return from_smallest_three(packed >> 30, (_unorm(packed, BITS_QUAT) - 0.5) * 2**0.5)
 
 
 def _harmonics(ply: PlyFile, count: int) -> np.ndarray:
@@ -178,10 +172,11 @@ def write_compressed_ply(gaussians: Gaussians, stream: IO[bytes], path: Path) ->
         chunks |= dict(zip(RANGES[key], np.concatenate([low, high], 1).T, strict=True))
         spread = (high.astype(np.float64) - low)[:, None]
         unit[key] = ((parts - low[:, None]) / np.where(spread > 0, spread, 1)).reshape(-1, 3)[:n]
-    alpha = 0.5 + 0.5 * np.tanh(0.5 * values["opacities"][order].astype(np.float64))
+    alpha = expit(values["opacities"][order].astype(np.float64))
+    largest, small = smallest_three(normalized(values["quats"][order]))
     packed = (
         _pack(unit["means"], BITS_3),
-        _pack_quats(values["quats"][order].astype(np.float64)),
+        _pack(small * 0.5**0.5 + 0.5, BITS_QUAT) | largest.astype(np.uint32) << np.uint32(30),
         _pack(unit["scales"], BITS_3),
         _pack(np.concatenate([unit["colours"], alpha[:, None]], 1), BITS_4),
     )
@@ -232,11 +227,3 @@ def _pack(fractions: np.ndarray, fields: tuple[tuple[int, int], ...]) -> np.ndar
         top = 2**bits - 1
         packed |= np.clip(np.floor(fractions[:, i] * top + 0.5), 0, top).astype(np.uint32) << np.uint32(shift)
     return packed
-
-
-def _pack_quats(quats: np.ndarray) -> np.ndarray:
-    unit = quats / np.linalg.norm(quats, axis=1, keepdims=True)
-    which = np.abs(unit).argmax(1)
-    unit *= np.where(np.take_along_axis(unit, which[:, None], 1) < 0, -1, 1)
-    small = unit[np.arange(4) != which[:, None]].reshape(-1, 3)
-    return _pack(small * 0.5**0.5 + 0.5, BITS_QUAT) | (which.astype(np.uint32) << np.uint32(30))

@@ -37,8 +37,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "render":  # the package of that name
-        return import_module("splatedit.render")
+    if name in ("render", "stack"):  # modules of these names
+        return import_module(f"splatedit.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'splatedit' has no attribute {name!r}")
     value = getattr(import_module(f"splatedit.{_HOME[name]}"), name)
@@ -47,4 +47,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME, "render"})
+    return sorted({*globals(), *_HOME, "render", "stack"})

@@ -29,6 +29,7 @@ RIGID = 1e-3  # by how much R R^T may miss the identity
 LARGEST_JSON = 64 << 20  # bytes: of nearly 100,000 cameras
 FARTHEST = 1e9  # units from the origin; float32 tells no two places apart there
 FLIP = np.diag([1.0, -1.0, -1.0, 1.0])  # OpenGL's camera axes (x right, y up, z back) to OpenCV's and back
+WORLD = "nerfstudio dataparser_transforms: scale "  # how a header comment of a converted checkpoint begins
 PICTURES = ("", ".png", ".jpg", ".jpeg", ".webp")  # endings that a file may leave out of its pictures' names
 
 
@@ -407,18 +408,23 @@ def size_of(views: Sequence[View]) -> tuple[int, int]:
     return width, height
 
 
-def read_dataparser(path: Path, file: CameraFile) -> tuple[np.ndarray, float]:
+def read_dataparser(source: Path | str, file: CameraFile) -> tuple[np.ndarray, float]:
     """What nerfstudio's training did to the world of `file`: [R t; 0 1] (4, 4) and then a scale, as `moved` takes them.
 
-    dataparser_transforms.json counts from the original world: applied_transform and applied_scale of transforms.json
-    are in it and come off again (nerfstudio/data/dataparsers/nerfstudio_dataparser.py). Raises InputError.
+    source: dataparser_transforms.json, or the header comment that a converted checkpoint has instead. It counts from
+    the original world: applied_transform and applied_scale of transforms.json are in it and come off again
+    (nerfstudio/data/dataparsers/nerfstudio_dataparser.py). Raises InputError.
     """
-    content = _mapping(_content(path), f"{path}: the content")
-    transform = _matrix(_key(content, "transform", str(path)), (4, 4), f"{path}: transform", (3, 4))
-    w2c_of(transform, f"{path}: transform")
-    scale = _number(_key(content, "scale", str(path)), f"{path}: scale")
+    if isinstance(source, Path):
+        where, content = str(source), _mapping(_content(source), f"{source}: the content")
+    else:
+        where, (scale, rows) = f"the comment {_short(source)}", source.removeprefix(WORLD).split(" transform ", 1)
+        content = {"scale": scale, "transform": [row.split() for row in rows.split(" / ")]}
+    transform = _matrix(_key(content, "transform", where), (4, 4), f"{where}: transform", (3, 4))
+    w2c_of(transform, f"{where}: transform")
+    scale = _number(_key(content, "scale", where), f"{where}: scale")
     if scale <= 0:
-        raise InputError(f"{path}: scale: found {scale}, expected a number above 0.")
+        raise InputError(f"{where}: scale: found {scale}, expected a number above 0.")
     if file.applied is not None:
         transform = transform @ np.linalg.inv(file.applied)
     return transform, scale / file.applied_scale

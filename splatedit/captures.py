@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from splatedit.camera_files import CameraFile, View, beside, fit, moved, read_cameras, read_dataparser, size_of
+from splatedit.camera_files import WORLD, CameraFile, View, beside, fit, moved, read_cameras, read_dataparser, size_of
 from splatedit.cameras import Bounds, Cameras, bounds, visible
 from splatedit.errors import InputError
 from splatedit.gaussians import Gaussians
@@ -82,7 +82,7 @@ def load_capture(
     """
     file = read_cameras(path)
     found, failed = [], []
-    for views, world in worlds(file, scene):
+    for views, world in worlds(file, scene, gaussians.comments):
         training, held = split(file, views, every)
         chosen = tuple(spread(training, most))
         try:
@@ -98,15 +98,19 @@ def load_capture(
     return max(found, key=lambda capture: capture.alike or 0.0)
 
 
-def worlds(file: CameraFile, scene: str | Path | None) -> Iterator[tuple[tuple[View, ...], str]]:
+def worlds(
+    file: CameraFile, scene: str | Path | None, comments: Sequence[str] = ()
+) -> Iterator[tuple[tuple[View, ...], str]]:
     """The views in each world that the scene may be in, the likeliest first, and what was done to them.
 
-    With a dataparser_transforms.json there is one. Else the file's own, and that from which nerfstudio made the file:
-    COLMAP's, in which other trainers leave a scene.
+    With a dataparser_transforms.json, or a comment of the scene that repeats it, there is one. Else the file's own, and
+    that from which nerfstudio made the file: COLMAP's, in which other trainers leave a scene.
     """
-    trained = None if file.trained else dataparser_of(file, scene)
+    told = next((text for text in comments if text.startswith(WORLD) and " transform " in text), None)
+    trained = None if file.trained else dataparser_of(file, scene) or told
     if trained is not None:
-        yield moved(file.views, *read_dataparser(trained, file)), f"moved into the training world by {trained.name}"
+        by = trained.name if isinstance(trained, Path) else "what the scene's header says"
+        yield moved(file.views, *read_dataparser(trained, file)), f"moved into the training world by {by}"
         return
     yield file.views, ""
     if file.applied is not None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from splatedit.camera_files import WORLD
 from splatedit.cameras import check_up, explain_up, up_in_text
 from splatedit.errors import InputError, LossWarning
 from splatedit.files import check_target, load, save, sidecar
@@ -58,9 +59,11 @@ def with_degree(gaussians: Gaussians, degree: int) -> Gaussians:
 def turned_up(gaussians: Gaussians, now: str, up: str) -> Gaussians:
     """The scene turned by quarter or half turns so that its axis `now` becomes `up`, both of UPS.
 
-    Comments that speak of the axis are replaced by one that tells the truth.
+    Comments that speak of the axis are replaced by one that tells the truth; one on nerfstudio's world is left out of a
+    scene that is turned out of it.
     """
-    kept = tuple(text for text in gaussians.comments if not up_in_text(text))
+    comments = gaussians.comments if now == up else [c for c in gaussians.comments if not c.startswith(WORLD)]
+    kept = tuple(text for text in comments if not up_in_text(text))
     told = gaussians._replace(comments=(*kept, f"Vertical axis: {up}"))
     return told if now == up else rotated(told, turn(now, up))
 

@@ -17,6 +17,7 @@ from splatedit.captures import apparent_size, describe, find_capture, in_view, l
 from splatedit.cli import main
 from splatedit.config import Config
 from splatedit.errors import InputError
+from splatedit.formats.checkpoints import _comments
 from splatedit.lenses import Lens
 from splatedit.media import save_png, to_bytes
 from splatedit.render import render
@@ -131,6 +132,11 @@ def test_a_nerfstudio_scene_is_seen_from_where_it_was_trained(cloud, tmp_path):
     assert "moved into the training world by dataparser_transforms.json" in describe(capture)
     again = capture.square(capture.views, 48)
     torch.testing.assert_close(render(cloud, again).rgb, render(cloud, there).rgb, atol=5e-5, rtol=0)
+    converted = cloud._replace(comments=_comments(tmp_path / "run" / "nerfstudio_models" / "step-000000009.ckpt"))
+    told = load_capture(tmp_path / "data", converted, every=0)  # the header of a converted checkpoint says the same
+    assert "by what the scene's header says" in describe(told)
+    for one, other in zip(told.views, capture.views, strict=True):
+        np.testing.assert_allclose(one.w2c, other.w2c, atol=1e-7)
     for broken in ({"scale": 1}, {**world, "scale": 0}, {**world, "transform": np.zeros((3, 4)).tolist()}, []):
         (tmp_path / "run" / "dataparser_transforms.json").write_text(json.dumps(broken))
         with pytest.raises(InputError, match=r"dataparser_transforms\.json: "):

@@ -2,6 +2,7 @@
 
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,19 +14,20 @@ from test_editing import ToyPrior, painted
 from test_resume import same, saved
 
 from splatedit import files
-from splatedit.cameras import dome, orbit
+from splatedit.cameras import bounds, dome, orbit
 from splatedit.checkpoints import read_checkpoint
 from splatedit.config import load_config
 from splatedit.editing import edit
 from splatedit.errors import InputError
 from splatedit.growth import Grower, Growth, faint, refine, strongest
-from splatedit.metrics import changed_share, count_rows
+from splatedit.metrics import change_report, changed_share, count_rows
 from splatedit.render import densify, render
 from splatedit.run import mend, without_lost
 from splatedit.run import run as start
 from splatedit.scenes import Hold, Rates, Splats
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+SCENES = Path(__file__).parents[1] / "scenes"
 ALL = Rates(means=1e-2, quats=1e-2, scales=1e-2, opacities=0.1, sh0=0.1, shN=0.1)
 
 
@@ -225,12 +227,10 @@ def test_what_is_counted_is_the_mean_length_of_the_gradient_on_screen(scene):
 def test_an_edit_that_grows_goes_on_bit_for_bit(masked, scene, prior, tmp_path):
     mask = torch.arange(300) % 3 != 0 if masked else None
     growth = Growth(percent=20, every=3, window=(0.1, 0.9), max_gaussians=420)
-    options = {"steps": 16, "average_last": 0.5, "growth": growth, "hold": Hold(anchor=0.05), "mask": mask}
+    options = {"steps": 14, "average_last": 0.5, "growth": growth, "hold": Hold(anchor=0.05), "mask": mask}
     whole = [(s, saved(s.state(), tmp_path)) for s in run(scene, prior, **options)]
-    again = list(run(scene, prior, **options))
-    assert all(same(a.gaussians, b.gaussians) for (a, _), b in zip(whole, again, strict=True)), "twice the same"
     assert whole[-1][0].gaussians.n == 420
-    for cut in (1, 5, 6, 10, 15):  # before, between and right after changes, while averaging
+    for cut in (4, 11):  # right after a change and between two, while averaging
         rest = list(run(scene, prior, **options, resume=whole[cut - 1][1]))
         for (one, _), other in zip(whole[cut:], rest, strict=True):
             assert one.loss == other.loss and same(one.gaussians, other.gaussians)
@@ -245,14 +245,14 @@ def test_growing_reaches_what_the_source_cannot_show(cloud):
 
     def fitted(growth):
         under = splats(coarse, neighbours=0)
-        grower = Grower(growth, under, 120)
+        grower = Grower(growth, under, 80)
         goal = under([0, 1, 2, 3], target).rgb
-        for index in range(120):
+        for index in range(80):
             drawn = under([0, 1, 2, 3])
             grower.watch(index, drawn)
             loss = (drawn.rgb - goal).square().mean()
             loss.backward()
-            under.step(index / 120, 0.1)
+            under.step(index / 80, 0.1)
             grower.step(index, drawn)
         return under.n, loss.item()
 
@@ -310,3 +310,23 @@ def test_a_run_that_grows_writes_what_came_and_went(cloud, tiny_model, tmp_path,
     assert torch.equal(edited.select(at).shN, cloud.shN[outside])
     rows = read_checkpoint(outcome.folder / "ckpts" / "last.pt")["log"]["rows"]
     assert torch.equal(rows[:kept], torch.from_numpy(labels[:kept]).long()) and (rows[kept:] == -1).all()
+
+
+@pytest.mark.slow
+def test_an_edit_of_the_bundled_cat_that_grows_is_as_much_of_a_pig():
+    from splatedit.priors import load_prior
+
+    prior, cat = load_prior("pocket"), files.load(SCENES / "cat.ply")
+    views = orbit(cat, 8, elevation=12, azimuth=22.5, size=prior.image_size)
+
+    def edited(growth):
+        for step in edit(cat, "a pig", "a cat", model=prior, guidance="dds", steps=100, growth=growth):
+            assert step.gaussians.n <= (growth.max_gaussians or cat.n)
+        extent = bounds(cat).radius
+        return step, change_report(cat, step.gaussians, prior, views, "a pig", "a cat", extent, rows=step.rows)
+
+    (plain, fixed), (step, grown) = edited(Growth()), edited(Growth(percent=5, every=10, max_gaussians=18_000))
+    assert plain.gaussians.n == cat.n and step.gaussians.n == 18_000
+    assert grown.verdict == "changed" and grown.prefers_target >= fixed.prefers_target == 1.0
+    assert grown.margin > fixed.margin - 0.02, (grown.margin, fixed.margin)
+    assert grown.roughness < 1.1 * fixed.roughness, "halves leave no holes"

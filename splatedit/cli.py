@@ -125,7 +125,7 @@ def resumed(path: str, words: list[str], file: str | None, given: dict[str, Any]
     is_scene = os.path.isfile(path) and not path.endswith(".pt")
     if is_scene or ("=" in path and not os.path.exists(path)):
         path, words = "", [path, *words]
-    pairs = [word for word in words if word.partition("=")[0] in KEYS]
+    pairs = [word for word in words if word.partition("=")[0].isidentifier() and "=" in word]
     others = [word for word in words if word not in pairs]
     if len(others) > 2:
         raise InputError(f"{others[2]!r}: expected key=value (a prompt of several words needs quotes).")

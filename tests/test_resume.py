@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from test_editing import ToyPrior, painted
 from splatedit import checkpoints, files, folders
 from splatedit.cameras import dome
 from splatedit.checkpoints import Keeper, Log, check_same, read_checkpoint, write_checkpoint
-from splatedit.config import Config, load_config
+from splatedit.cli import main
+from splatedit.config import Config, load_config, save_config
 from splatedit.editing import edit
 from splatedit.errors import InputError
 from splatedit.guidance import GUIDANCE
@@ -371,6 +373,93 @@ def test_a_new_run_says_that_another_is_unfinished(config, monkeypatch):
     assert "unfinished" not in said(console)
 
 
+# ---------------------------------------------------------------------------------------------------- the command line
+@pytest.fixture
+def call(monkeypatch, tmp_path, capsys):
+    """`splatedit run` with these words, up to the run itself: its settings and what it resumes; or status and error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        asked = []
+        monkeypatch.setattr(
+            "splatedit.run.run", lambda config, resume, **_: asked.append((config, resume)) or sys.exit()
+        )
+        monkeypatch.setattr(sys, "argv", ["splatedit", "run", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return asked[0] if asked else (ended.value.code, capsys.readouterr().err)
+
+    return call
+
+
+def cut_off(name, number, scene="cat.ply", prompt="a pig", **settings):
+    """The folder of a run, as much of it as finding it needs; `number` says how old it is."""
+    folder = Path("outputs", name)
+    folder.mkdir(parents=True)
+    save_config(Config(scene=scene, prompt=prompt, steps=9, seed=number, **settings), folder / "config.yaml")
+    os.utime(folder / "config.yaml", (number, number))
+    return folder
+
+
+def finish(folder, interrupted=False):
+    (folder / "run.json").write_text(json.dumps({"interrupted": interrupted, "steps_asked": 9}))
+
+
+def test_resume_with_a_folder_or_a_checkpoint_needs_neither_scene_nor_prompt(call):
+    folder = cut_off("cat/a-pig@1", 1, guidance="cds")
+    (folder / "ckpts").mkdir()
+    (folder / "ckpts" / "old.pt").write_bytes(b"")
+    own = Config(scene="cat.ply", prompt="a pig", steps=9, seed=1, guidance="cds")
+    assert call("--resume", folder) == (own, str(folder))
+    assert call("--resume", folder / "ckpts" / "old.pt") == (own, str(folder / "ckpts" / "old.pt"))
+    assert call("--resume", folder, "--steps", 20) == call("--resume", folder, "steps=20")
+    assert call("--resume", folder, "steps=20") == (replace(own, steps=20), str(folder))
+    assert call("--resume", folder, "moved.ply")[0].scene == "moved.ply"
+    assert call("--resume", folder, "cat.ply", "a pig", "device=cpu")[0] == replace(own, device="cpu")
+    Path("c.yaml").write_text("offline: true\n")
+    assert call("--resume", folder, "--config", "c.yaml")[0] == replace(own, offline=True)
+
+
+def test_resume_alone_takes_the_newest_unfinished_run_of_what_is_said(call):
+    pig, dog, other, done = (
+        cut_off(*words)
+        for words in (
+            ("cat/a-pig@1", 3),
+            ("cat/a-dog@1", 2, "cat.ply", "a dog"),
+            ("dog/a-pig@1", 5, "dog.ply"),
+            ("cat/a-pig@2", 9),
+        )
+    )
+    finish(done)
+    finish(other, interrupted=True)
+    cut_off("cat/a-pig@3", 10, prompt="a pig!")  # another prompt that makes the same name
+    Path("cat.ply").write_bytes(b"")
+    assert call("cat.ply", "a pig", "--resume")[1] == str(pig)
+    assert call("--resume", "cat.ply", "a pig")[1] == str(pig)
+    assert call("--resume", "cat.ply", "a dog", "seed=2")[1] == str(dog)
+    assert call("dog.ply", "--resume")[1] == str(other)
+    assert call("--resume", "seed=10")[0].prompt == "a pig!"
+    status, said = call("horse.ply", "a pig", "--resume")
+    assert status == 2 and "there is no unfinished run of horse.ply to 'a pig' in outputs" in said
+    status, said = call("cat.ply", "a pig", "--resume", "-o", "elsewhere")
+    assert status == 2 and "in elsewhere" in said
+
+
+def test_mistakes_of_resume_are_one_line(call):
+    folder = cut_off("cat/a-pig@1", 1)
+    Path("empty").mkdir()
+    for words, message in (
+        (("--resume", "nowhere"), "nowhere: not there"),
+        (("--resume", "empty"), "empty is not the outputs folder of a run"),
+        (("--resume", folder, "stepz=3"), "did you mean 'steps'?"),
+        (("--resume", folder, "cat.ply", "a", "pig"), "quotes"),
+        (("cat.ply",), "Missing argument 'PROMPT'"),
+        ((), "Missing argument 'SCENE'"),
+    ):
+        status, said = call(*words)
+        assert status == 2 and message in said and said.count("\n") == 1, said
+
+
 # ---------------------------------------------------------------------------------------------------- disks that fail
 def full(path, after):
     """`files.atomic` on a disk that is full for names that end in `path`, from the so-many-th time on."""
@@ -397,6 +486,32 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_the_edit_goes_on(c
     assert said(console).count("last.pt: cannot be written (No space left on device). The edit goes on") == 4
     same_result(whole, outcome)
     assert read_checkpoint(outcome.folder / "ckpts" / "last.pt")["step"] == 2, "the last one that was written"
+
+
+@pytest.mark.slow
+def test_a_full_disk_in_a_real_process(scene_file, tiny_model, tmp_path):
+    """No file may grow beyond 40 kB: checkpoints are refused by the system itself, and with them edited.ply."""
+    words = [
+        str(scene_file),
+        "a pig",
+        "--source-prompt",
+        "a cat",
+        "--model",
+        str(tiny_model),
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    command = [sys.executable, "-m", "splatedit", "run", *words, "steps=2", "cameras=orbit:2", "checkpoint_every=1"]
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limited)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "last.pt: cannot be written (File too large). The edit goes on" in done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("splatedit: error: ") and "edited.ply: cannot be written (File too large)" in error
+    assert not (tmp_path / "out").exists(), "nothing could be kept"
 
 
 @needs_proc

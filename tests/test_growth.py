@@ -223,6 +223,13 @@ def test_what_is_counted_is_the_mean_length_of_the_gradient_on_screen(scene):
     assert pulled.any() and seen.max() == 6
 
 
+def test_places_may_be_frozen_while_splats_are_added(scene, prior):
+    growth = Growth(percent=20, every=2, window=(0, 1), prune_opacity=0.0)
+    last = list(run(scene, prior, steps=4, growth=growth, rates=Rates(means=0)))[-1]
+    stayed = last.rows >= 0
+    assert last.gaussians.n > 350 and torch.equal(last.gaussians.means[stayed], scene.means[last.rows[stayed]])
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_an_edit_that_grows_goes_on_bit_for_bit(masked, scene, prior, tmp_path):
     mask = torch.arange(300) % 3 != 0 if masked else None
@@ -310,6 +317,25 @@ def test_a_run_that_grows_writes_what_came_and_went(cloud, tiny_model, tmp_path,
     assert torch.equal(edited.select(at).shN, cloud.shN[outside])
     rows = read_checkpoint(outcome.folder / "ckpts" / "last.pt")["log"]["rows"]
     assert torch.equal(rows[:kept], torch.from_numpy(labels[:kept]).long()) and (rows[kept:] == -1).all()
+
+
+@pytest.mark.gpu
+def test_cuda_counts_and_grows_as_the_cpu_does(scene):
+    grown = {}
+    for device in ("cpu", "cuda"):
+        under = splats(scene.to(device), mask=torch.arange(300) % 3 != 0)
+        grower = Grower(Growth(percent=10, every=100, window=(0, 1)), under, 100)
+        drawn = under([0, 1])
+        grower.watch(0, drawn)
+        (drawn.rgb * torch.linspace(-1, 1, 32, device=device)).sum().backward()
+        under.step(0.0, 1.0)
+        grower.step(0, drawn)
+        refine(under, torch.arange(200.0, device=device), grower.growth, 1000)
+        grown[device] = under, grower.pulled.cpu(), grower.seen.cpu()
+    (one, *counted), (other, *expected) = grown["cuda"], grown["cpu"]
+    torch.testing.assert_close(counted[0], expected[0], rtol=1e-2, atol=1e-4)
+    assert torch.equal(counted[1], expected[1]) and torch.equal(one.rows.cpu(), other.rows)
+    torch.testing.assert_close(one.result().means.cpu(), other.result().means, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ def assert_same(file: CameraFile, views: list[tuple], exact: float = 1e-12) -> N
 # ---------------------------------------------------------------------------------------------- written and read again
 
 seeds = st.integers(0, 2**32 - 1)
-few = settings(max_examples=10, deadline=None)
+few = settings(max_examples=6, deadline=None)
 COLMAP = tuple(name for name, _ in list(MODELS.values())[:10])
 
 

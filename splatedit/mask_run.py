@@ -130,5 +130,6 @@ def masked(config: Config, console: Console) -> Made:
         job = Job(config, load(config.scene), None, "", "none", config.up or beside.up)  # type: ignore[arg-type]
     mask = build(job, console)
     assert mask is not None
-    tell(mask, job, console)
-    return Made(mask, mask(job.gaussians), job)
+    chosen = mask(job.gaussians)
+    tell(mask, chosen, job, console)
+    return Made(mask, chosen, job)

@@ -60,16 +60,15 @@ def of(job: Job, console: Console) -> Tensor | None:
     if mask is None:
         return None
     chosen = mask(job.gaussians)
-    tell(mask, job, console)
+    tell(mask, chosen, job, console)
     if kept and not kept.is_file():
         save(mask, kept)
     return chosen.cpu()
 
 
-def tell(mask: Mask, job: Job, console: Console) -> None:
-    """Say how many Gaussians a mask holds, part by part; raises InputError if it is none."""
-    n, lines = job.gaussians.n, describe(mask, job.gaussians)
-    inside = int(mask(job.gaussians).sum())
+def tell(mask: Mask, chosen: Tensor, job: Job, console: Console) -> None:
+    """Say how many Gaussians a mask holds, `chosen` in all, part by part; raises InputError if it is none."""
+    n, lines, inside = job.gaussians.n, describe(mask, job.gaussians), int(chosen.sum())
     if not inside:
         raise InputError(f"mask: it holds none of the {n:,} splats, so nothing could change ({'; '.join(lines)}).")
     console.print(escape(f"{inside:,} of {n:,} splats may change ({inside / n:.1%}), by mask:"))

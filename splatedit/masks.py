@@ -381,7 +381,7 @@ class Grown(Mask):
         if not self.radius or not len(inside) or not len(outside):
             return chosen
         reach = math.nextafter(self.radius, math.inf)  # the tree's bound is strict
-        distance, _ = cKDTree(points[inside]).query(points[outside], distance_upper_bound=reach)
+        distance, _ = cKDTree(points[inside]).query(points[outside], distance_upper_bound=reach, workers=-1)
         added = torch.from_numpy(outside[distance <= self.radius]).to(chosen.device)
         return chosen.index_fill(0, added, True)
 
@@ -406,11 +406,13 @@ NAMES = {kind: name for name, kind in KINDS.items()}
 
 def describe(mask: Mask, gaussians: Gaussians, depth: int = 0) -> list[str]:
     """A line for the mask and each of its parts: what it is and how many of the Gaussians it holds."""
-    line = f"{'  ' * depth}{mask}: {int(mask(gaussians).sum()):,} of {gaussians.n:,}"
     if isinstance(mask, Matching):
         lost = int((mask.found(gaussians) < 0).sum())
-        line += f"; {lost:,} of its Gaussians are not in the scene" if lost else ""
-    return [line, *(more for part in parts(mask) for more in describe(part, gaussians, depth + 1))]
+        count, more = len(mask.points) - lost, f"; {lost:,} of its Gaussians are not in the scene" if lost else ""
+    else:
+        count, more = int(mask(gaussians).sum()), ""
+    line = f"{'  ' * depth}{mask}: {count:,} of {gaussians.n:,}{more}"
+    return [line, *(below for part in parts(mask) for below in describe(part, gaussians, depth + 1))]
 
 
 def parts(mask: Mask) -> Iterator[Mask]:

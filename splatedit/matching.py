@@ -90,7 +90,7 @@ def match(scene: Print, selection: Print, tolerance: np.ndarray) -> np.ndarray:
     if not n or not m:
         return np.full(m, -1)
     k = min(CANDIDATES, n)
-    distance, near = cKDTree(scene.points).query(selection.points, k=k)
+    distance, near = cKDTree(scene.points).query(selection.points, k=k, workers=-1)
     distance, near = distance.reshape(m, k), near.reshape(m, k)
     apart = (scene.looks[near] - selection.looks[:, None]) / UNITS
     cost = (distance / np.maximum(tolerance, 1e-300)[:, None]) ** 2 + (apart**2).sum(2)

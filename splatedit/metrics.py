@@ -152,11 +152,12 @@ def change_report(
     seed: int = 0,
     background: tuple[float, float, float] = WHITE,
     rows: Tensor | None = None,
+    inside: float = 1.0,
 ) -> Report:
     """Compare an edited splat with its source over `cameras` (at the prior's picture size).
 
-    rows: see `changed_share`. The prior is asked as a diffusion classifier (arXiv 2303.16203) which of the two prompts
-    explains each view better.
+    rows: see `changed_share`. inside: share of the Gaussians that were free to change. The prior is asked as a
+    diffusion classifier (arXiv 2303.16203) which of the two prompts explains each view better.
     """
     drawable = edited.drawable()
     finite = bool(drawable.all())
@@ -175,11 +176,16 @@ def change_report(
         margin=float(gaps[1].mean()),
         margin_before=float(gaps[0].mean()),
     )
-    return judge(report, finite, same_prompt=prompt.strip() == source_prompt.strip())
+    return judge(report, finite, same_prompt=prompt.strip() == source_prompt.strip(), inside=inside)
 
 
-def judge(report: Report, finite: bool = True, same_prompt: bool = False) -> Report:
-    """Fill in verdict and advice from the numbers."""
+def still(psnr_to_source: float, inside: float = 1.0) -> bool:
+    """Whether pictures equal those of the source; a small part that may change, a share `inside`, changes them less."""
+    return psnr_to_source > 45 - 10 * math.log10(inside)
+
+
+def judge(report: Report, finite: bool = True, same_prompt: bool = False, inside: float = 1.0) -> Report:
+    """Fill in verdict and advice from the numbers; inside: share of the Gaussians that were free to change."""
     # A flat source gets rough by any edit, so the ratio alone is no proof.
     rough = report.roughness_ratio > 2.5 and report.roughness > ROUGH
     if not finite or rough or not 0.25 < report.coverage_ratio < 4:
@@ -189,7 +195,7 @@ def judge(report: Report, finite: bool = True, same_prompt: bool = False) -> Rep
             "lower the learning rates (lr_sh0=0.01 lr_means=0.0005)",
             "raise the smoothing (neighbours=32)",
         ]
-    elif report.changed_share < 0.01 or report.psnr_to_source > 45:
+    elif report.changed_share < 0.01 * inside or still(report.psnr_to_source, inside):
         report.verdict = "unchanged"
         report.advice = ["more steps (--steps)", "a higher guidance scale (--guidance-scale)", "--guidance dds"]
         if same_prompt:

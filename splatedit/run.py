@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 DONE, NOT_CHANGED, INTERRUPTED = 0, 3, 130
 VIEWS, ELEVATION = 8, 12.0  # of the before/after pairs and of the change report; degrees
 FRAMES, FPS = 72, 24  # of turntable.mp4
-STILL, LOST = 45.0, 7.0  # dB to the source: above the first nothing is changing, below the second nothing is left
+LOST = 7.0  # dB to the source below which nothing is left of it
 
 
 class Outcome(NamedTuple):
@@ -73,6 +73,11 @@ class Job(NamedTuple):
     def background(self) -> tuple[float, float, float]:
         return colour(self.config.background, "background")
 
+    @property
+    def inside(self) -> float:
+        """Share of the splats that may change."""
+        return 1.0 if self.mask is None else float(self.mask.float().mean())
+
 
 def run(
     config: Config,
@@ -95,9 +100,9 @@ def run(
     check(config)
     if not config.prompt.strip():
         raise InputError('prompt: it is empty; say what the scene shall show, as in "a pig".')
-    if not Path(config.scene).is_file():
+    if not config.scene or not Path(config.scene).exists():
         moved = "" if resume is None else f"; if it was moved, say where: splatedit run --resume {resume} SCENE"
-        raise InputError(f"{config.scene or 'scene'}: no such file; expected a splat file (.ply){moved}.")
+        raise InputError(f"{config.scene or 'scene'}: no such file; expected a splat file, such as a .ply{moved}.")
     mask_settings.without_text(config)
     check_prior(config.model, config.offline)
     with working_folder(config, resume, console) as folder:
@@ -286,7 +291,7 @@ def optimise(job: Job, console: Console, keeper: Keeper) -> Log:
             for step in steps:
                 log.add(step, -now + (now := time.perf_counter()))
                 show(step, (log.wall - spent) / (len(log.loss) - done))
-                warn_early(console, step)
+                warn_early(console, step, job.inside)
                 stop.armed = True
                 if keeper.due(step.index + 1) and step.index + 1 < config.steps:
                     keeper.write(log)
@@ -381,14 +386,16 @@ def progress_bar(console: Console, steps: int) -> Iterator[Callable[[Step | Imag
         yield move
 
 
-def warn_early(console: Console, step: Step) -> None:
-    """Say while there is time that nothing is changing, or that nothing is left."""
+def warn_early(console: Console, step: Step, inside: float = 1.0) -> None:
+    """Say while there is time that nothing is changing, or that nothing is left; inside: share that may change."""
+    from splatedit.metrics import still
+
     done = step.index + 1
     if not math.isfinite(step.loss):
         if done == 1 or done % 50 == 0:
             console.print(f"[bold red]Step {done}: the loss is {step.loss};[/] the edit is lost. Try lower lr_* rates.")
     elif done == max(step.steps // 4, 2):
-        if step.psnr_to_source > STILL:
+        if still(step.psnr_to_source, inside):
             console.print(
                 f"[bold yellow]Nothing is changing:[/] after {done} steps the renders still equal the source "
                 f"({step.psnr_to_source:.0f} dB). Is the target the source prompt? A higher --guidance-scale may help."
@@ -520,6 +527,7 @@ def measure(job: Job, edited: Gaussians, rows: Tensor | None) -> Report:
         seed=job.config.seed,
         background=job.background,
         rows=rows,
+        inside=job.inside,
     )
 
 
@@ -627,7 +635,7 @@ def seen_from(job: Job) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of Python, splatedit and what decides its numbers."""
     found = {"splatedit": __version__, "python": platform.python_version(), "system": platform.platform()}
-    for name in ("torch", "numpy", "numba", "diffusers", "transformers", "gsplat", "plyfile"):
+    for name in ("torch", "numpy", "numba", "diffusers", "transformers", "gsplat"):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

@@ -90,6 +90,14 @@ def test_verdict(changes, verdict):
     assert bool(judged.advice) == (verdict != "changed")
 
 
+def test_an_edit_of_a_small_part_is_judged_by_that_part():
+    small = {"changed_share": 0.004, "psnr_to_source": 55.0}
+    assert judge(report(**small)).verdict == "unchanged"
+    assert judge(report(**small), inside=0.01).verdict == "changed"
+    assert judge(report(**{**small, "changed_share": 0.00001}), inside=0.01).verdict == "unchanged"
+    assert judge(report(**{**small, "psnr_to_source": 66.0}), inside=0.01).verdict == "unchanged"
+
+
 def test_a_splat_with_nan_is_noise():
     assert judge(report(), finite=False).verdict == "noise"
 

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import struct
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -163,6 +164,14 @@ def test_other_floats_become_float32(tmp_path, kind):
     wanted = {name: value.to(kind) for name, value in splats().items()}
     read = load(saved(tmp_path / "a.pt", {"splats": wanted}))
     assert same(read, {name: value.float() for name, value in wanted.items()})
+
+
+def test_other_pickle_protocols_make_no_noise(tmp_path):
+    data = splats()
+    torch.save({"splats": data}, tmp_path / "a.pt", pickle_protocol=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(load(tmp_path / "a.pt"), data)
 
 
 def test_what_is_read_owns_its_memory(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -306,7 +307,8 @@ def load_tensors(path: Path, mapped: bool = True) -> Any:
     """
     _check_archive(path)
     try:
-        with _passed_over():
+        with warnings.catch_warnings(), _passed_over():
+            warnings.simplefilter("ignore")  # of other pickle protocols; what they cannot do is an error
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:
         raise

@@ -14,7 +14,8 @@ from typing import IO, Any, NamedTuple
 
 from splatedit.cameras import UPS
 from splatedit.errors import InputError, LossWarning
-from splatedit.formats import Format, endings, format_of
+from splatedit.formats import FORMATS, Format, endings, format_of
+from splatedit.formats.checkpoints import newest_checkpoint
 from splatedit.formats.limits import check_yaml
 from splatedit.gaussians import Gaussians
 
@@ -149,11 +150,19 @@ def sidecar(path: str | Path) -> Sidecar:
 
 
 def sha256(path: str | Path) -> str:
-    """Hex digest of a file's content."""
+    """Hex digest of a file's content; of a scene that is a folder, of the files that `load` reads from it."""
+    path = Path(path)
+    if path.is_dir():
+        _existing(path)
+        files = [newest_checkpoint(path)] if format_of(path) is FORMATS["checkpoint"] else sorted(path.iterdir())
+    else:
+        files = [path]
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+    for file in files:
+        if file is not None and not file.is_dir():
+            with open(file, "rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
     return digest.hexdigest()
 
 

@@ -19,7 +19,7 @@ from splatedit.cameras import UPS, guess_up, look
 from splatedit.cli import main
 from splatedit.conversion import convert_file, rotated, turn, turned_up, with_degree
 from splatedit.errors import LossWarning
-from splatedit.files import load, save, sidecar
+from splatedit.files import load, save, sha256, sidecar
 from splatedit.formats import FORMATS, endings, format_of
 from splatedit.formats.compressed_ply import CHUNK, morton_order
 from splatedit.gaussians import SH_C0, SH_REST, Gaussians
@@ -379,3 +379,36 @@ def test_every_format_is_written_and_read_by_convert(tmp_path, ending):
     back = load(tmp_path / f"b{ending}")
     assert back.n == 300 and back.sh_degree == (0 if ending == ".splat" else 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ply", f"b{ending}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ball.compressed.ply", "ball.spz", "ball.sog", "folder"])
+def test_run_takes_any_format_and_writes_a_ply(cloud, tiny_model, tmp_path, monkeypatch, capsys, name):
+    import zipfile
+
+    quietly(save, cloud, tmp_path / (name if name != "folder" else "ball.sog"))
+    (tmp_path / "ball.yaml").write_text("source_prompt: a cat\n")
+    (tmp_path / "folder.yaml").write_text("source_prompt: a cat\n")
+    if name == "folder":
+        zipfile.ZipFile(tmp_path / "ball.sog").extractall(tmp_path / name)
+    monkeypatch.setattr("splatedit.run.FRAMES", 4)
+    words = ["--model", tiny_model, "-o", tmp_path / "out", "--cameras", "orbit:3", "--steps", 2]
+    status, out, err = run(monkeypatch, capsys, "run", tmp_path / name, "a pig", *words)
+    assert status in (0, 3), err
+    edited = Path(out[-1])
+    assert edited.name == "edited.ply" and load(edited).n == 300 and len(out) == 1
+    assert properties_of(edited)[:9] == ["x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2"]
+
+
+def test_the_digest_of_a_folder_is_that_of_its_files(tmp_path):
+    import zipfile
+
+    quietly(save, scene(), tmp_path / "a.sog")
+    zipfile.ZipFile(tmp_path / "a.sog").extractall(tmp_path / "a")
+    before = sha256(tmp_path / "a")
+    assert before == sha256(tmp_path / "a") and len(before) == 64
+    with open(tmp_path / "a" / "meta.json", "a") as stream:
+        stream.write(" ")
+    assert sha256(tmp_path / "a") != before
+    (tmp_path / "empty").mkdir()
+    fails(tmp_path / "empty", "is a folder", action=sha256)

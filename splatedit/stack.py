@@ -340,6 +340,11 @@ class Stack:
             self._replace(after, number, number)
         return entry
 
+    def made(self, after: State) -> Entry | None:
+        """The edit of the file's state that gave just this: a run that was cut off and resumed pushes twice."""
+        digest, own = digest_of(after), (e for e in self.entries.values() if e.kind == "edit")
+        return next((e for e in own if e.parent == (self.at or 0) and e.after == digest), None)
+
     def _replace(self, state: State, at: int, tip: int) -> None:
         with atomic(self.file) as stream:
             for piece in state.pieces:
@@ -382,7 +387,9 @@ def push(
             stack.at = inherit(stack, scene, digest_of(state))
         state = state._replace(ids=stack._ids(stack.at, len(state.rows)))
         ids = continued(state.ids, rows, len(edited.rows), stack._next_id(state))
-        entry = stack._add("edit", state, edited._replace(ids=ids), record or {}, write=False)
+        entry = stack.made(edited._replace(ids=ids))
+        if entry is None:
+            entry = stack._add("edit", state, edited._replace(ids=ids), record or {}, write=False)
         write_bookmark(stack.own, entry.number, entry.number)
     return entry
 

@@ -302,6 +302,14 @@ def test_the_extent_of_a_picture_is_read_without_a_decoder(kind):
     assert _extent(data[:11]) == (0, 0) and _extent(b"GIF89a" + data[6:]) == (0, 0)
 
 
+def test_other_json_is_not_sog(tmp_path):
+    (tmp_path / "lod-meta.json").write_text("{}")
+    fails(tmp_path / "lod-meta.json", "expected the name meta.json", "streamed")
+    with pytest.raises(InputError, match="expected the name meta.json"):
+        save(scene(2), tmp_path / "my-meta.json")
+    assert [p.name for p in tmp_path.iterdir()] == ["lod-meta.json"]
+
+
 def test_not_a_zip(tmp_path):
     for data, part in ((b"", "an empty file"), (b"ply\n", "starts with b'ply"), (b"PK\3\4" + bytes(60), "zip")):
         (tmp_path / "a.sog").write_bytes(data)

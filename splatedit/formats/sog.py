@@ -102,6 +102,7 @@ def read_sog(path: Path) -> Gaussians:
 
 def _opened(path: Path) -> tuple[Callable[[str], bytes], int]:
     """How to get a file of the scene by its name, and how many bytes all have together."""
+    _check_name(path)
     if path.name == META or path.is_dir():
         folder = path if path.is_dir() else path.parent
         size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
@@ -113,6 +114,14 @@ def _opened(path: Path) -> tuple[Callable[[str], bytes], int]:
         raise InputError(f"{path}: found {found}, expected a zip archive; this is not a .sog file.")
     files = read_zip(path)
     return lambda name: _from_zip(path, files, name), path.stat().st_size
+
+
+def _check_name(path: Path) -> None:
+    if path.suffix.lower() == ".json" and path.name != META:
+        raise InputError(
+            f"{path}: expected the name {META} for an unbundled SOG; of a streamed one (lod-meta.json) give one of the "
+            "folders beside it."
+        )
 
 
 def _from_folder(path: Path, folder: Path, name: str) -> bytes:
@@ -276,8 +285,9 @@ def _palette_rows(path: Path, meta: dict, count: int, pictures: Pictures) -> np.
 def write_sog(gaussians: Gaussians, stream: IO[bytes], path: Path) -> None:
     """Write version 2 to a stream, in the order of the Gaussians: a zip, or meta.json if that is the path's name.
 
-    Then the pictures are written beside it, and replace those that were there, all together once they are complete.
+    Then the pictures are written beside it; they replace those that were there once all are complete, meta.json last.
     """
+    _check_name(path)
     files = _packed(gaussians, path)
     if path.name != META:
         with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:

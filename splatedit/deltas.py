@@ -12,12 +12,10 @@ from typing import IO, Literal, NamedTuple
 
 import numpy as np
 
+from splatedit.formats.ply_file import ORDERS, TYPES
+
 Side = Literal["before", "after"]
 HEADER = re.compile(rb"ply\r?\n(?:[^\r\n]*\r?\n)*?end_header\r?\n")  # https://paulbourke.net/dataformats/ply/
-ORDERS = {"binary_little_endian": "<", "binary_big_endian": ">"}
-TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4"}
-TYPES |= {"double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4"}
-TYPES |= {"float32": "f4", "float64": "f8"}
 
 
 class State(NamedTuple):
@@ -47,7 +45,7 @@ def layout(data: bytes | memoryview) -> Layout | None:
     match = HEADER.match(data, 0, 1 << 20)
     lines = [line.split() for line in bytes(match[0]).decode("latin-1").splitlines()] if match else []
     order = next((ORDERS.get(words[1]) for words in lines if words[:1] == ["format"] and len(words) > 1), None)
-    if match is None or order is None:
+    if match is None or not order:
         return None
     elements: list[tuple[str, int, list[tuple[str, str]]]] = []
     for words in lines:

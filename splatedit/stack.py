@@ -38,6 +38,7 @@ import io
 import itertools
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -51,7 +52,7 @@ from torch import Tensor
 from splatedit import __version__, blending, deltas
 from splatedit.blending import Named
 from splatedit.deltas import Side, State
-from splatedit.errors import InputError
+from splatedit.errors import InputError, LossWarning
 from splatedit.files import atomic, load, sha256
 from splatedit.formats.ply import write_ply
 from splatedit.gaussians import Gaussians
@@ -439,7 +440,9 @@ def source_state(before: Gaussians, scene: str | Path | None) -> State:
     with suppress(InputError, OSError):
         state = deltas.parse(Path(scene).expanduser().read_bytes()) if scene is not None else None
         if state is not None and {"x", "opacity"} <= set(state.rows.dtype.names or ()):
-            loaded = load(scene or "").parameters
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", LossWarning)  # given when the run loaded it
+                loaded = load(scene or "").parameters
             if all(torch.equal(value.cpu(), loaded[name]) for name, value in before.parameters.items()):
                 return state
     return written(before, scene or "scene")

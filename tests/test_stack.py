@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -777,3 +778,12 @@ def test_mistakes_at_the_commands(file, call, tmp_path):
     file.write_bytes(b"other")
     status, out, err = call("history", file)
     assert status == 0 and "changed by another program" in err and "prompt 1" in out
+
+
+def test_the_python_of_the_guide(file, monkeypatch, capsys):
+    guide = (Path(__file__).parent.parent / "docs" / "history.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", guide, re.M | re.S)
+    monkeypatch.chdir(file.parent)
+    exec(compile(code, "history.md", "exec"), {})
+    assert capsys.readouterr().out == "[\"'prompt 1'\", \"'prompt 2'\"]\n"
+    assert Stack.open(file).done[-1].title == "'a negative'" and len(Stack.open(file).entries) == 4

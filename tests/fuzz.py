@@ -146,7 +146,7 @@ def blame(error: InputError) -> tuple[str, str]:
 
 
 def attempt(read: Callable[[Path], Any], path: Path) -> tuple[str, str, int]:
-    """Verdict, detail, and how many Gaussians were read."""
+    """Verdict, detail, and the bytes of the Gaussians that were read."""
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
@@ -165,7 +165,8 @@ def attempt(read: Callable[[Path], Any], path: Path) -> tuple[str, str, int]:
     others = [str(w.message) for w in told if not issubclass(w.category, LossWarning)]
     if wrong or others:
         return ("unsound", wrong, 0) if wrong else ("warning", others[0][:300], 0)
-    return "read", "", result.n if isinstance(result, Gaussians) else 0
+    own = result.parameters.values() if isinstance(result, Gaussians) else ()
+    return "read", "", sum(value.nbytes for value in own)
 
 
 class Guard:
@@ -177,7 +178,7 @@ class Guard:
         (self.folder / SECRET).write_bytes(b"not yours")
         self.watch = Watch()
         self.warmed: set[str] = set()
-        self.needs: dict[tuple[str, int], tuple[int, int]] = {}
+        self.needs: dict[tuple[str, int], int] = {}
         LIBC.mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD: what is freed goes back, and the next peak is seen
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + BACKSTOP, hard))
@@ -194,13 +195,13 @@ class Guard:
             path.write_bytes(content)
 
     def read(self, subject: Subject, files: Files) -> tuple[str, str, int, int, float]:
-        """Verdict, detail, Gaussians, peak and seconds of one case."""
+        """Verdict, detail, bytes of what was read, peak and seconds of one case."""
         self.put(files)
         self.watch.seen, self.watch.anywhere = [], subject.anywhere
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         try:
-            (verdict, detail, n), memory, seconds = measured(
+            (verdict, detail, own), memory, seconds = measured(
                 lambda: self.watched(subject.read, self.case / subject.given)
             )
         finally:
@@ -211,7 +212,7 @@ class Guard:
             verdict, detail = "code", "the canary sings"
         elif self.watch.seen:
             verdict, detail = "outside", "; ".join(self.watch.seen[:5])
-        return verdict, detail, n, memory, seconds
+        return verdict, detail, own, memory, seconds
 
     def watched(self, read: Callable[[Path], Any], path: Path) -> tuple[str, str, int]:
         self.watch.on = True
@@ -226,23 +227,21 @@ class Guard:
             self.read(SUBJECTS[name], samples(name)[0])
             self.warmed.add(name)
 
-    def need(self, name: str, chosen: int) -> tuple[int, int]:
-        """Bytes of memory that a sound file takes, the least of three readings, and its Gaussians."""
+    def need(self, name: str, chosen: int) -> int:
+        """Bytes of memory that a sound file takes, the least of three readings."""
         if (name, chosen) not in self.needs:
-            runs = [self.read(SUBJECTS[name], samples(name)[chosen]) for _ in range(3)]
-            self.needs[name, chosen] = min(run[3] for run in runs), runs[0][2]
+            self.needs[name, chosen] = min(self.read(SUBJECTS[name], samples(name)[chosen])[3] for _ in range(3))
         return self.needs[name, chosen]
 
     def case_of(self, name: str, seed: int, index: int) -> Result:
-        """How mutated file `index` of a subject ends. A larger file may take more, and one of more Gaussians too."""
+        """How mutated file `index` of a subject ends. A larger file may take more, and so may more sound Gaussians."""
         self.warm(name)
         chosen, files = mutated(name, seed, index)
-        verdict, detail, n, memory, seconds = self.read(SUBJECTS[name], files)
+        verdict, detail, own, memory, seconds = self.read(SUBJECTS[name], files)
         if memory <= ALLOWANCE:
             return Result(name, index, verdict, detail, seconds, memory)
-        honest, count = self.need(name, chosen)
-        size = sum(map(len, samples(name)[chosen].values()))
-        need = int(honest * max(1.0, sum(map(len, files.values())) / size, n / count if count else 0))
+        size, before = (sum(map(len, case.values())) for case in (files, samples(name)[chosen]))
+        need = max(int(self.need(name, chosen) * max(1.0, size / before)), own)
         if verdict in FINE and memory > TIMES * need + ALLOWANCE:
             verdict, detail = "memory", f"{memory >> 10} KiB, the sound file takes {need >> 10}; {verdict}: {detail}"
         return Result(name, index, verdict, detail, seconds, memory, need)

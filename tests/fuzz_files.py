@@ -324,14 +324,35 @@ def retreed(rng: random.Random, files: Files) -> Files:
 def regzipped(rng: random.Random, files: Files) -> Files:
     """Damage what is packed inside a gzip stream, and pack it again; sometimes as a bomb with a fitting header."""
     ((name, data),) = files.items()
-    if not data.startswith(b"\x1f\x8b"):
-        return damaged(rng, files)
+    if data.startswith(b"NGSP"):
+        return {name: restreamed(rng, data)}
     inner = gzip.decompress(data)
     if rng.random() < 0.1:
         many = rng.choice((10**5, 10**6, 10**7, 2**32 - 1))
         bomb = zlib.compressobj(1, zlib.DEFLATED, 31)
         return {name: bomb.compress(inner[:8] + struct.pack("<I", many) + inner[12:16] + zeros()) + bomb.flush()}
     return {name: gzip.compress(damage(rng, inner), 1)}
+
+
+def restreamed(rng: random.Random, data: bytes) -> bytes:
+    """Damage what is packed in the zstd streams of an .spz of version 4, or make them a bomb that fits its header."""
+    import zstandard
+
+    count, streams, table = (struct.unpack_from(code, data, at)[0] for code, at in (("<I", 8), ("B", 15), ("<I", 16)))
+    sizes = [struct.unpack_from("<QQ", data, table + 16 * i) for i in range(streams)]
+    many, at, head, body = count, table + 16 * streams, bytearray(data[:table]), []
+    bomb = rng.random() < 0.2
+    if bomb:
+        many = rng.choice((10**5, 10**6))
+        struct.pack_into("<I", head, 8, many)
+    chosen, lengths = rng.randrange(streams), []
+    for i, (packed, unpacked) in enumerate(sizes):
+        piece = zeros()[: unpacked // count * many] if bomb else zstandard.decompress(data[at : at + packed])
+        piece = damage(rng, piece) if i == chosen and not bomb else piece
+        body.append(zstandard.compress(piece, rng.choice((1, 3))))
+        lengths.append(struct.pack("<QQ", len(body[-1]), len(piece) if rng.random() < 0.9 else unpacked))
+        at += packed
+    return bytes(head) + b"".join(lengths) + b"".join(body)
 
 
 @functools.cache

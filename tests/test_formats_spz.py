@@ -257,6 +257,7 @@ BODY = b"".join(COLUMNS.values())
         (b"NGSP\5\0\0\0" + bytes(99), ("version 5", "expected 4")),
         (gzip.compress(header(degree=4) + BODY), ("degree 4", "expected 0 to 3", "splat-transform a.spz -H 3 a.ply")),
         (gzip.compress(header(bits=24) + BODY), ("24 fractional bits",)),
+        (gzip.compress(header(flags=0x80) + BODY), ("levels of detail as Spark builds them",)),
         (gzip.compress(header(count=0) + BODY), ("promises 0 Gaussians",)),
         (gzip.compress(header(count=2) + BODY), ("promises 2 Gaussians", "cut short")),
         (gzip.compress(header(count=4_000_000_000) + BODY), ("would unpack",)),

@@ -44,7 +44,7 @@ HEADER_4 = struct.Struct("<4sIIBBBBI12x")  # ... and where the table of streams 
 STREAM = struct.Struct("<QQ")  # packed and unpacked bytes
 EXTENSION = struct.Struct("<II")  # type and bytes that follow
 
-ANTIALIASED_FLAG, EXTENSIONS_FLAG = 1, 2
+ANTIALIASED_FLAG, EXTENSIONS_FLAG, TREE_FLAG = 1, 2, 0x80  # the last one is Spark's
 AXES = 0xADBE0003  # SPZ_ADOBE_coordinate_system: one uint32, an index into AXIS_NAMES
 AXIS_NAMES = ("unspecified", "LDB", "RDB", "LUB", "RUB", "LDF", "RDF", "LUF", "RUF")
 MAX_EXTENSIONS = 1 << 16  # bytes behind the columns that are looked at
@@ -115,6 +115,11 @@ def _header(path: Path, data: bytes, versions: tuple[int, ...]) -> Header:
         raise InputError(f"{path}: found spherical harmonics of degree {degree}, expected 0 to 3; {advice}.")
     if bits > MAX_BITS:
         raise InputError(f"{path}: found {bits} fractional bits, expected 0 to {MAX_BITS}; the header is damaged.")
+    if flags & TREE_FLAG:
+        raise InputError(
+            f"{path}: found levels of detail as Spark builds them, coarse copies among the splats, expected a plain "
+            "scene; give the file it was built from."
+        )
     return Header(version, count, degree, bits, flags)
 
 

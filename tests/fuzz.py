@@ -68,9 +68,12 @@ def status(key: str) -> int:
 def measured(call: Callable[[], Any]) -> tuple[Any, int, float]:
     """What the call gives, the bytes of memory it took at its peak, and its processor time in seconds."""
     LIBC.malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as stream:
-        stream.write("5")  # the peak starts anew
-    before, start = status("VmRSS"), time.process_time()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = status("VmRSS")
+    except OSError:  # not allowed everywhere; then only what exceeds all before is seen
+        before = status("VmHWM")
+    start = time.process_time()
     result = call()
     return result, max(0, status("VmHWM") - before), time.process_time() - start
 

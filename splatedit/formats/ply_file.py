@@ -33,7 +33,7 @@ MAGIC = {
     b"ply": "a damaged PLY header",
 }
 HEADER = 1 << 20  # bytes; a header of INRIA's is 1500
-BLOCK = 2 << 20  # bytes of rows handled at once: large enough for numpy's loops, small enough for a core's cache
+BLOCK = 1 << 20  # bytes of rows handled at once: large enough for numpy's loops, small enough for a core's cache
 FLOAT = np.dtype("<f4")  # what nearly all columns are; on a big-endian machine the fast ways are closed
 
 

@@ -2,7 +2,10 @@
 
 import io
 import json
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from splatedit import files, mask_files
-from splatedit.cli import main
+from splatedit.cli import cli, main
 from splatedit.config import load_config
 from splatedit.errors import InputError
 from splatedit.mask_run import HIGHLIGHT, highlight
@@ -179,3 +182,19 @@ def test_a_run_with_an_impossible_mask_writes_nothing(scene_file, tiny_model, tm
         with pytest.raises(InputError, match=message):
             run(load_config(options=options, words=["source_prompt=a cat", word]), quiet())
         assert not (tmp_path / "out").exists()
+
+
+def test_the_guide_is_right(scene_file, monkeypatch, tmp_path):
+    """Its commands parse and its Python runs."""
+    text = (Path(__file__).parent.parent / "docs" / "masks.md").read_text()
+    (shell,), (code,) = (
+        re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S) for language in ("bash", "python")
+    )
+    for line in shell.splitlines():
+        _, name, *words = shlex.split(line)
+        with cli.commands[name].make_context(name, words):
+            pass
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code.replace("scenes/cat.ply", str(scene_file)), names)
+    assert names["same"] is True and names["mask"](names["gaussians"]).any()

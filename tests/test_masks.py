@@ -511,3 +511,44 @@ def test_files_that_are_not_there_or_hold_code(tmp_path):
     np.save(tmp_path / "square.npy", np.eye(3, dtype=bool))
     with pytest.raises(InputError, match=r"square.npy: found bool \[3, 3\]"):
         load(tmp_path / "square.npy")
+
+
+@pytest.fixture
+def sound(tmp_path):
+    """A file of each kind that `load` reads, but for splats."""
+    tree = (Box((0, 0, 0), (1, 1, 1)) | rule("x < 1 and color(1,0,0) < 1")).grow(0.1) & ~Indices(range(0, 60, 2), 60)
+    save(tree | Relevance(np.linspace(0, 1, 60), 0.5) | Matching.of(CLOUD.select([1, 2, 3])), tmp_path / "a.json")
+    (tmp_path / "b.json").write_text(json.dumps(list(range(40))))
+    (tmp_path / "c.txt").write_text(" ".join(map(str, range(40))))
+    np.save(tmp_path / "d.npy", np.arange(50))
+    np.savez_compressed(tmp_path / "e.npz", np.arange(60) > 4)
+    for path in tmp_path.iterdir():
+        assert load(path)(CLOUD).any()
+    return sorted(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_damaged_files_are_masks_still_or_one_clear_line(count, sound):
+    rng, told = np.random.default_rng(0), 0
+    strange = [b"9" * 30, b"-", b"NaN", b"null", b"[", b"{", b"1e999", bytes(8), b'"']
+    for turn in range(count):
+        path = sound[turn % len(sound)]
+        data = bytearray(path.read_bytes())
+        low, high = sorted(rng.integers(0, len(data), 2))
+        kind = rng.integers(4)
+        if kind == 0:
+            data[low] = rng.integers(256)
+        elif kind == 1:
+            data[low : min(high, low + 30)] = b""
+        elif kind == 2:
+            data[low:low] = strange[rng.integers(len(strange))]
+        else:
+            del data[low:]
+        damaged = path.with_name(f"damaged{path.suffix}")
+        damaged.write_bytes(data)
+        try:
+            assert load(damaged)(CLOUD).shape == (60,)
+        except InputError as error:
+            told += 1
+            assert "\n" not in str(error) and str(error).isprintable() and len(str(error)) < 600
+    assert told > count / 4

@@ -23,7 +23,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 def setting(*names: str, key: str, **more: Any) -> Callable:
     """A click option for one key of Config, with the key's own help text and default."""
     default = getattr(Config, key)
-    shown = "" if default is None or more.get("is_flag") else f"  [default: {default}]"
+    shown = "" if default in (None, "") or more.get("is_flag") else f"  [default: {default}]"
     return click.option(*names, key, default=None, help=KEYS[key] + shown, **more)
 
 

@@ -103,7 +103,8 @@ def run(
     if not config.scene or not Path(config.scene).exists():
         moved = "" if resume is None else f"; if it was moved, say where: splatedit run --resume {resume} SCENE"
         raise InputError(f"{config.scene or 'scene'}: no such file; expected a splat file, such as a .ply{moved}.")
-    mask_settings.without_text(config)
+    if resume is None:  # else the run has its mask already
+        mask_settings.without_text(config)
     check_prior(config.model, config.offline)
     with working_folder(config, resume, console) as folder:
         from splatedit.files import sha256
@@ -136,7 +137,7 @@ def run(
 def working_folder(config: Config, resume: str | Path | None, console: Console) -> Iterator[Path]:
     """The outputs folder of this run, nobody else's while it lasts: a new one, or that of the run to go on with.
 
-    A new one is taken away again if the body fails before there is a checkpoint.
+    A new one is taken away again if the body fails before there is a checkpoint or a result.
     """
     if resume is not None:
         folder = find(resume, config)
@@ -146,7 +147,7 @@ def working_folder(config: Config, resume: str | Path | None, console: Console) 
         return
     if unfinished := [f for f in folders.runs(config) if not finished(f) and not in_use(f)]:
         console.print(escape(f"{unfinished[-1]} is unfinished; --resume goes on there. This is a new run."))
-    with output_folder(config, lambda new: (new / CHECKPOINT).exists()) as folder:
+    with output_folder(config, lambda new: (new / CHECKPOINT).exists() or (new / "edited.ply").exists()) as folder:
         yield folder
 
 
@@ -176,6 +177,8 @@ def kept(folder: Path, console: Console) -> Iterator[None]:
         if (folder / CHECKPOINT).exists():
             again = shlex.join(["splatedit", "run", "--resume", str(folder)])
             console.print(f"[bold yellow]The edit is kept[/] as of its last checkpoint; to go on: {escape(again)}")
+        elif (folder / "edited.ply").exists():
+            console.print(f"[bold yellow]The edit is kept:[/] {escape(str(folder))}/edited.ply is whole.")
         raise
 
 

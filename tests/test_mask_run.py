@@ -157,18 +157,26 @@ def test_a_run_changes_what_the_mask_holds_and_no_bit_else(scene_file, cloud, ti
     monkeypatch.setattr("splatedit.run.VIEWS", 2)
     options = {"scene": str(scene_file), "prompt": "a pig", "model": str(tiny_model)}
     options["output_dir"] = str(tmp_path / "out")
-    words = ["source_prompt=a cat", "steps=3", "cameras=dome:3", "device=cpu", "mask_sphere=0.5,-1,0,0.7"]
-    console = quiet()
-    outcome = run(load_config(options=options, words=words), console, ["splatedit"])
-    inside = Sphere((0.5, -1, 0), 0.7)(cloud)
-    edited = files.load(outcome.edited)
-    for name, value in edited.parameters.items():
-        assert value[~inside].equal(cloud.parameters[name][~inside]), name
-    assert (edited.sh0 != cloud.sh0)[inside].any()
+    cap, given = Sphere((0.5, -1, 0), 0.7), tmp_path / "cap.json"
+    mask_files.save(cap, given)
+    words, console = ["source_prompt=a cat", "cameras=dome:3", "device=cpu", f"mask={given}"], quiet()
+    outcome = run(load_config(options=options, words=[*words, "steps=3"]), console, ["splatedit"])
+    inside = cap(cloud)
+
+    def check():
+        edited = files.load(outcome.edited)
+        for name, value in edited.parameters.items():
+            assert value[~inside].equal(cloud.parameters[name][~inside]), name
+        assert (edited.sh0 != cloud.sh0)[inside].any()
+        return edited
+
+    first, count = check(), int(inside.sum())
     record = json.loads((outcome.folder / "run.json").read_text())
-    count = int(inside.sum())
     assert record["splats_that_may_change"] == count and f"{count} of 300" in console.file.getvalue()
-    assert mask_files.load(outcome.folder / "mask.json") == Sphere((0.5, -1, 0), 0.7)
+    assert mask_files.load(outcome.folder / "mask.json") == cap
+    given.unlink()  # the run has it, and goes on without
+    run(load_config(options=options, words=[*words, "steps=4"]), quiet(), ["splatedit"], resume=outcome.folder)
+    assert not check().sh0.equal(first.sh0)
 
 
 def test_a_run_with_an_impossible_mask_writes_nothing(scene_file, tiny_model, tmp_path):

@@ -492,29 +492,26 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_the_edit_goes_on(c
 
 
 @pytest.mark.slow
-def test_a_full_disk_in_a_real_process(scene_file, tiny_model, tmp_path):
-    """No file may grow beyond 40 kB: checkpoints are refused by the system itself, and with them edited.ply."""
-    words = [
-        str(scene_file),
-        "a pig",
-        "--source-prompt",
-        "a cat",
-        "--model",
-        str(tiny_model),
-        "-o",
-        str(tmp_path / "out"),
-    ]
-    command = [sys.executable, "-m", "splatedit", "run", *words, "steps=2", "cameras=orbit:2", "checkpoint_every=1"]
+@pytest.mark.parametrize(("limit", "missing"), [(10_000, "edited.ply"), (40_000, "sheet.png")])
+def test_a_full_disk_in_a_real_process(limit, missing, scene_file, tiny_model, tmp_path):
+    """The system refuses checkpoints, and in the end edited.ply or a picture: no file may grow beyond `limit` bytes."""
+    paths = [str(scene_file), "a pig", "--model", str(tiny_model), "-o", str(tmp_path / "out")]
+    words = ["--source-prompt", "a cat", "steps=2", "cameras=orbit:2", "checkpoint_every=1"]
 
     def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
+    command = [sys.executable, "-m", "splatedit", "run", *paths, *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limited)
     assert done.returncode == 1 and done.stdout == ""
     assert "last.pt: cannot be written (File too large). The edit goes on" in done.stderr
     error = done.stderr.splitlines()[-1]
-    assert error.startswith("splatedit: error: ") and "edited.ply: cannot be written (File too large)" in error
-    assert not (tmp_path / "out").exists(), "nothing could be kept"
+    assert error.startswith("splatedit: error: ") and f"{missing}: cannot be written (File too large)" in error
+    if missing == "edited.ply":
+        assert not (tmp_path / "out").exists(), "nothing could be kept"
+    else:
+        (edited,) = (tmp_path / "out").glob("*/*/edited.ply")
+        assert files.load(edited).n == 300 and f"The edit is kept: {edited} is whole" in done.stderr
 
 
 @needs_proc

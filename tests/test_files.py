@@ -542,6 +542,12 @@ def test_no_vertices_at_all(tmp_path):
             "same name",
         ),
         (b"ply\n" + bytes(range(1, 200)), "damaged PLY header"),
+        (
+            b"ply\nformat ascii 1.0\nelement a 0\n"
+            + b"".join(b"property int p%d\n" % i for i in range(20_000))
+            + b"end_header\n",
+            "line 4098: more than 4096 elements and properties",
+        ),
         (b"ply\n" + bytes(3 << 20), "found 1048576 bytes before end_header"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

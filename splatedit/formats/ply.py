@@ -89,7 +89,8 @@ def _read_columns(ply: PlyFile, vertex: Element, wanted: dict[str, tuple[str, ..
         parts = {key: value[rows] for key, value in values.items()}
         pick(block, parts)
         sound = sound and all(_sound(key, part) for key, part in parts.items())
-        rounded = rounded or any((block[name].astype(np.float32) != block[name]).any() for name in doubles)
+        with np.errstate(over="ignore"):
+            rounded = rounded or any((block[name].astype(np.float32) != block[name]).any() for name in doubles)
         for name, column in extra.items():
             column[rows] = block[name]
     if not sound:

@@ -33,6 +33,7 @@ MAGIC = {
     b"ply": "a damaged PLY header",
 }
 HEADER = 1 << 20  # bytes; a header of INRIA's is 1500
+MOST = 4096  # elements and properties
 BLOCK = 1 << 20  # bytes of rows handled at once: large enough for numpy's loops, small enough for a core's cache
 FLOAT = np.dtype("<f4")  # what nearly all columns are; on a big-endian machine the fast ways are closed
 
@@ -82,12 +83,14 @@ def open_ply(path: Path) -> PlyFile:
 
 
 def _parse(path: Path, lines: list[str], start: int) -> PlyFile:
-    order, elements, comments, obj_info = None, {}, [], []
+    order, elements, comments, obj_info, entries = None, {}, [], [], 0
     for number, line in enumerate(lines[1:], 2):
         word, *words = line.split() or [""]
         try:
             if word in ("comment", "obj_info"):
                 (comments if word == "comment" else obj_info).append(line.partition(" ")[2])
+            elif (entries := entries + bool(word)) > MOST:
+                raise ValueError(f"more than {MOST} elements and properties")
             elif word == "format":
                 order = _order(words, order)
             elif word == "element":

@@ -61,7 +61,7 @@ class Job(NamedTuple):
     gaussians: Gaussians
     prior: Prior
     source_prompt: str
-    origin: str  # of the source prompt: "option", "sidecar", "model" or "none"
+    origin: str  # of the source prompt: "option", "sidecar", "history", "model" or "none"
     up: str | None  # None: guessed by the rigs
     capture: Capture | None = None  # the cameras of a file; None: a rig
     sha256: str = ""  # of the scene's file
@@ -206,7 +206,7 @@ def prepare(config: Config, console: Console, saved: dict[str, Any] | None = Non
     from splatedit.editing import resolve_device
     from splatedit.files import load, sidecar
     from splatedit.priors import load_prior
-    from splatedit.stack import introduce
+    from splatedit.stack import introduce, shows
 
     device = resolve_device(config.device)
     gaussians, beside = load(config.scene), sidecar(config.scene)
@@ -226,6 +226,8 @@ def prepare(config: Config, console: Console, saved: dict[str, Any] | None = Non
         job = job._replace(source_prompt=config.source_prompt, origin="option")
     elif beside.source_prompt is not None:
         job = job._replace(source_prompt=beside.source_prompt, origin="sidecar")
+    elif (shown := shows(config.scene)) is not None:
+        job = job._replace(source_prompt=shown, origin="history")
     elif prior.vocabulary is not None:
         job = job._replace(source_prompt=ask_prior(job, console), origin="model")
     else:
@@ -237,6 +239,7 @@ def prepare(config: Config, console: Console, saved: dict[str, Any] | None = Non
     said = {
         "option": "as given",
         "sidecar": f"from {Path(config.scene).with_suffix('.yaml').name}",
+        "history": "from its history; --source-prompt overrides it",
         "model": "found by the model; --source-prompt overrides it",
         "none": "empty",
     }

@@ -476,6 +476,23 @@ def introduce(scene: str | Path) -> str | None:
     return f"{edits} edit{'s' if edits != 1 else ''} in its history{last}"
 
 
+def shows(scene: str | Path) -> str | None:
+    """What an edited file shows now: the prompt of the last edit that the model saw in most views, else its source.
+
+    An edit below half strength does not count. None if nothing says so.
+    """
+    with suppress(InputError):
+        done = Stack(scene).done if history_folder(Path(os.path.realpath(scene))).is_dir() else []
+        share = strengths(done)
+        edits = [entry for entry in done if entry.kind == "edit"]
+        for entry in reversed(edits):
+            seen = (entry.record.get("change") or {}).get("prefers_target") or 0
+            if seen > 0.5 and share[entry.number] >= 0.5 and entry.record.get("prompt"):
+                return entry.record["prompt"]
+        return edits[0].record.get("source_prompt") or None if edits else None
+    return None
+
+
 def set_aside(folder: Path) -> None:
     """Move the records of a history that no longer belongs to its file into a folder within."""
     old = [path for path in folder.iterdir() if path.is_file()]

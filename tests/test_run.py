@@ -140,14 +140,18 @@ def test_a_run_writes_everything_it_promises(config, cloud, scene_file):
 def test_a_run_on_an_edited_file_goes_on_with_its_history(config, scene_file, monkeypatch, few_frames):
     fake_edit(monkeypatch, recolored)
     first = run(replace(config, steps=1), shout())
-    again = replace(config, steps=1, scene=str(first.edited), prompt="a dog")
+    again = replace(config, steps=1, scene=str(first.edited), prompt="a dog", source_prompt=None)
     console = shout()
     second = run(again, console)
+    assert second.record["source_prompt_from"] == "history" and "from its history" in said(console)
     assert "1 edit in its history, the last 'a cat' to 'a pig'" in said(console)
     contents = [path.read_bytes() for path in (scene_file, first.edited, second.edited)]
     shutil.rmtree(first.folder)
     history = Stack.open(second.edited)
-    assert [entry.title for entry in history.done] == ["'a cat' to 'a pig'", "'a cat' to 'a dog'"]
+    assert [entry.title for entry in history.done] == [
+        "'a cat' to 'a pig'",
+        f"{second.record['source_prompt']!r} to 'a dog'",
+    ]
     record = history.done[-1].record
     assert record["config"]["prompt"] == record["prompt"] == "a dog" and record["versions"]["torch"]
     assert record["verdict"] == second.record["change"]["verdict"] and record["seed"] == 0

@@ -30,7 +30,7 @@ from splatedit.blending import Named, blend, fade, reapply
 from splatedit.cli import main
 from splatedit.errors import InputError
 from splatedit.gaussians import Gaussians
-from splatedit.stack import Stack, push
+from splatedit.stack import Stack, push, shows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -391,6 +391,22 @@ def test_a_second_run_goes_on_and_needs_nothing_of_the_first(tmp_path):
         "and a third",
         f"splatedit {__version__}: strength 0.5 of edit 2",
     )
+
+
+def test_what_an_edited_file_shows(tmp_path):
+    source = tmp_path / "scene.ply"
+    source.write_bytes(ply(scene()))
+    seen, unseen = {"prefers_target": 0.75}, {"prefers_target": 0.25}
+    first = run_on(source, tmp_path / "1", "first", source_prompt="a cat", prompt="a pig", change=unseen)
+    assert shows(source) is None and shows(first) == "a cat"
+    Stack.open(first).note(1, change=seen)
+    assert shows(first) == "a pig"
+    second = run_on(first, tmp_path / "2", "the second", source_prompt="a pig", prompt="a dog", change=seen)
+    assert shows(second) == "a dog"
+    Stack.open(second).strength(0.3)
+    assert shows(second) == "a pig"
+    Stack.open(second).undo(3)
+    assert shows(second) is None
 
 
 def test_a_run_on_an_undone_file_leaves_out_what_was_undone(tmp_path):

@@ -139,7 +139,7 @@ def edit(
     poses = camera_numbers(rig, extent).to(place)
     distiller = Distiller(prior, method, prompt, source, latents, generator, seed, poses)
     order = view_order(rig.n, steps * views_per_step, generator).view(steps, views_per_step)
-    elsewhere = 1 - torch.cat([scene.coverage([view]) for view in range(rig.n)]) if hold.outside else None
+    elsewhere = 1 - torch.cat([scene.coverage([view]).cpu() for view in range(rig.n)]) if hold.outside else None
     parts = Parts(scene, grower, distiller, generator)
     first = 0 if resume is None else restore(resume, parts, steps)
     if first < steps * (1 - average_last):
@@ -161,7 +161,8 @@ def edit(
         with watch("encode"):
             (upstream,) = torch.autograd.grad(z, pixels, pull.gradient)
         if elsewhere is not None:
-            upstream += outside_pull(pixels, images[chosen], elsewhere[chosen], hold.outside * rms(upstream))
+            seen, weight = (part[chosen].to(place) for part in (images, elsewhere))
+            upstream += outside_pull(pixels, seen, weight, hold.outside * rms(upstream))
         with watch("render"):
             image.backward(upstream)
         with watch("optimise"):
@@ -182,7 +183,7 @@ def edit(
             cache=dict(distiller.cache.counts) if distiller.cache else {},
             residuals=drift(pull.fpr.residuals, latents[chosen]) if pull.fpr else [],
             fpr=pull.fpr,
-            psnr_to_source=psnr(image.detach(), images[chosen]),
+            psnr_to_source=psnr(image.detach(), images[chosen].to(place)),
             state=partial(state, parts, index + 1),
         )
 
@@ -281,11 +282,14 @@ def rig_for(gaussians: Gaussians, cameras: Cameras | str, views: int, size: int,
 
 @torch.no_grad()
 def source_views(scene: Splats, prior: Prior, chunk: int = 8) -> tuple[Tensor, Tensor]:
-    """Renders and latents of the frozen source, once per camera; raises InputError if no camera sees anything."""
+    """Renders and latents of the frozen source, once per camera; raises InputError if no camera sees anything.
+
+    The renders are in main memory, wherever the edit is: of each step only a few are looked at.
+    """
     images, latents, seen = [], [], 0.0
     for start in range(0, scene.cameras.n, chunk):
         drawn = scene(list(range(start, min(start + chunk, scene.cameras.n))), scene.source)
-        images.append(drawn.rgb)
+        images.append(drawn.rgb.cpu())
         latents.append(prior.encode(drawn.rgb))
         seen = max(seen, float(drawn.alpha.max()))
     if seen < 0.05:

@@ -10,9 +10,9 @@ import difflib
 import re
 import unicodedata
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from splatedit.errors import InputError
 from splatedit.model_files import (
@@ -40,6 +40,16 @@ SCALES = {"sds": 100.0, "pds": 100.0}  # of a full model, where the papers' code
 SMALL_SCALES = {"sds": 7.5, "pds": 7.5}  # where not 3, of a model with a vocabulary, unless its vocabulary.json says
 
 
+class Savings(NamedTuple):
+    """What a model can take more time for in order to take less memory; but for tiling it says the same to rounding."""
+
+    checkpointing: bool = False  # one more forward pass for each gradient, through the unet and the autoencoder
+    attention_slicing: bool = False  # attention one head at a time; less only where torch has no fused attention
+    vae_slicing: bool = False  # the autoencoder takes one picture at a time
+    vae_tiling: bool = False  # and pictures larger than it was trained on in overlapping tiles, blended
+    rows_at_once: int | None = None  # at most so many rows go through the denoiser in one call
+
+
 class Prior:
     """A pretrained pipeline as plain functions: encode, decode, text, and `denoise`, which is a `diffusion.Denoise`.
 
@@ -54,6 +64,8 @@ class Prior:
     vocabulary: tuple[str, ...] | None  # the prompts it was trained on, None if it takes any text
     evaluations: int  # rows sent through the network so far
     words: dict[str, Any] | None = None  # its vocabulary.json
+    savings: Savings = Savings()
+    rows_at_once: int | None = None  # see Savings; None while somebody looks at all rows together
 
     def __init__(
         self,
@@ -96,6 +108,16 @@ class Prior:
             # The autoencoder of SDXL overflows in float16 and says so in its config.
             if self.dtype == torch.float16 and self.vae.config.get("force_upcast"):
                 self.vae.to(dtype=torch.float32)
+
+    def save_memory(self, savings: Savings) -> None:
+        """Turn each of these on or off, as far as the pipeline's classes can."""
+        before, self.savings, self.rows_at_once = self.savings, savings, savings.rows_at_once
+        for network in (self.unet, self.vae):
+            switch(network, "gradient_checkpointing", savings.checkpointing)
+        switch(self.vae, "slicing", savings.vae_slicing)
+        switch(self.vae, "tiling", savings.vae_tiling)
+        if savings.attention_slicing != before.attention_slicing:  # it replaces the attention processors
+            self.unet.set_attention_slice("max" if savings.attention_slicing else None)
 
     def default_scale(self, guidance: str) -> float:
         """The classifier-free guidance scale that suits this model and a key of `guidance.GUIDANCE`."""
@@ -148,17 +170,30 @@ class Prior:
         mean, std = (like.new_tensor(list(values)).view(1, -1, 1, 1) for values in (mean, std))
         return config.scaling_factor / std, mean
 
-    def self_attention(self) -> AbstractContextManager[list[Tensor]]:
+    @contextmanager
+    def self_attention(self) -> Iterator[list[Tensor]]:
         """What comes out of self-attention on the network's way up, as a list filled at each call of `denoise`."""
         from splatedit.attention import self_attention
 
-        return self_attention(self.unet, "up_blocks")
+        with self.in_one_call(), self_attention(self.unet, "up_blocks") as outputs:
+            yield outputs
 
-    def cross_attention(self) -> AbstractContextManager[list[Tensor]]:
+    @contextmanager
+    def cross_attention(self) -> Iterator[list[Tensor]]:
         """Where the network's cross-attention looks, as a list filled at each call of `denoise`."""
         from splatedit.attention import cross_attention
 
-        return cross_attention(self.unet)
+        with self.in_one_call(), cross_attention(self.unet) as weights:
+            yield weights
+
+    @contextmanager
+    def in_one_call(self) -> Iterator[None]:
+        """All rows go through the denoiser in one call, for who reads what its layers say of all of them."""
+        before, self.rows_at_once = self.rows_at_once, None
+        try:
+            yield
+        finally:
+            self.rows_at_once = before
 
     def text(self, prompts: list[str]) -> Text:
         """Embeddings of `prompts`, one row each, float32. The empty prompt is the null text.
@@ -229,12 +264,21 @@ class Prior:
     def denoise(self, x: Tensor, t: Tensor, text: Text, unet: Any = None, class_labels: Tensor | None = None) -> Tensor:
         """Predicted noise ehat (b, c, h, w) in x's dtype, of noised latents x at steps t (b,), one row of text each.
 
-        One network call, whatever the pipeline's scheduler: x = a z + s noise with a^2 = alphas_cumprod[t]. unet:
-        another network of the same kind, with labels for the rows if it takes them.
+        One network call (or, with `Savings.rows_at_once`, several), whatever the pipeline's scheduler: x = a z +
+        s noise with a^2 = alphas_cumprod[t]. unet: another network of the same kind, with labels for the rows if it
+        takes them.
         """
-        from splatedit.diffusion import scales, to_eps_x0
+        import torch
+
+        from splatedit.diffusion import pick, scales, to_eps_x0
 
         assert len(x) == len(t) == len(text.embeds), "one step and one row of text for each row of x"
+        most = self.rows_at_once
+        if most is not None and len(x) > most:
+            parts = torch.arange(len(x), device=x.device).split(most)
+            labels = [None if class_labels is None else class_labels[rows] for rows in parts]
+            told = zip(parts, labels, strict=True)
+            return torch.cat([self.denoise(x[rows], t[rows], pick(text, rows), unet, label) for rows, label in told])
         self.evaluations += len(x)
         more = None
         if text.pooled is not None and text.ids is not None:
@@ -277,8 +321,8 @@ def load_prior(
     """Load a model by name ("pocket"), diffusers folder or hub id, which is fetched unless the cache has it whole.
 
     dtype: of the networks; None is float16 on CUDA and float32 elsewhere, where half precision works but is slow.
-    offline: never ask the hub. checkpointing: spend one more forward pass on each gradient through the unet to save
-    most of its memory. Raises InputError, in one line, for a model that is not there, not whole, or not of the family.
+    offline: never ask the hub. checkpointing: spend one more forward pass on each gradient to save most of its memory;
+    `Prior.save_memory` knows more ways. Raises InputError, in one line, for a model that is not there, not whole, or not of the family.
     """
     import torch
 
@@ -291,7 +335,7 @@ def load_prior(
     try:
         prior = Prior(read_pipeline(folder, dtype), str(model), device, dtype, read_vocabulary(folder))
         if checkpointing:
-            prior.unet.enable_gradient_checkpointing()
+            prior.save_memory(Savings(checkpointing=True))
         return prior
     except (InputError, KeyboardInterrupt):
         raise
@@ -355,6 +399,15 @@ def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
     except RuntimeError as error:
         found = f"torch {torch.__version__} cannot compute {str(dtype).removeprefix('torch.')} networks on a CPU"
         raise InputError(f"dtype: {found} ({first_line(error)}); use float32.") from error
+
+
+def switch(module: Any, what: str, on: bool) -> None:
+    """Call `enable_<what>` or `disable_<what>` of a diffusers model that has it."""
+    if on and what == "gradient_checkpointing" and not getattr(module, "_supports_gradient_checkpointing", False):
+        return
+    call = getattr(module, f"{'enable' if on else 'disable'}_{what}", None)
+    if call is not None:
+        call()
 
 
 def require(pipeline: Any, part: str, name: str) -> Any:

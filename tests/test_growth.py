@@ -346,7 +346,7 @@ def test_an_edit_of_the_bundled_cat_that_grows_is_as_much_of_a_pig():
     views = orbit(cat, 8, elevation=12, azimuth=22.5, size=prior.image_size)
 
     def edited(growth):
-        for step in edit(cat, "a pig", "a cat", model=prior, guidance="dds", steps=100, growth=growth):
+        for step in edit(cat, "a pig", "a cat", model=prior, guidance="dds", steps=120, growth=growth):
             assert step.gaussians.n <= (growth.max_gaussians or cat.n)
         extent = bounds(cat).radius
         return step, change_report(cat, step.gaussians, prior, views, "a pig", "a cat", extent, rows=step.rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -76,7 +77,18 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
 
     path.parent.mkdir(exist_ok=True)
     with atomic(path) as stream:
-        torch.save({"format": FORMAT, **content}, stream)
+        try:
+            torch.save({"format": FORMAT, **content}, stream)
+        except RuntimeError as error:  # torch's own, on top of what the system said
+            raise system_error(error) from None
+
+
+def system_error(error: BaseException) -> OSError:
+    """The OSError at the bottom of another exception; one of input and output if there is none."""
+    below: BaseException | None = error
+    while below is not None and not isinstance(below, OSError):
+        below = below.__context__
+    return below or OSError(errno.EIO, str(error).splitlines()[0])
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -57,7 +57,13 @@ def same(first, second):
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
-@pytest.mark.parametrize(("guidance", "cache"), [*((g, 0) for g in GUIDANCE), *((g, 2) for g in SERVED)])
+@pytest.mark.parametrize(
+    ("guidance", "cache"),
+    [
+        *((g, 0) for g in GUIDANCE),
+        *(pytest.param(g, 2, marks=() if g in ("ids", "dds") else pytest.mark.slow) for g in SERVED),
+    ],
+)
 def test_two_parts_of_an_edit_are_the_whole_bit_for_bit(guidance, cache, red, pictures, tmp_path):
     """Cut before the first average and after some; 5 views in 6 steps of 2, so that the order goes around."""
     options = {"guidance": guidance, "steps": 6, "views": 5, "supersample": 1, "average_last": 0.5}
@@ -307,6 +313,7 @@ def test_a_run_that_dies_while_it_writes_goes_on_without_a_step(config, whole, m
     assert [e.number for e in Stack(outcome.edited).entries.values()] == [1], "one edit in the history"
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_begins_at_its_first_step(config, whole, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr("splatedit.folders.shutil.rmtree", lambda _: None)  # kill -9 leaves the folder behind
@@ -370,9 +377,13 @@ def test_a_new_run_says_that_another_is_unfinished(config, monkeypatch):
         die_at(patch, 2)
         run(config, shout())
     cut = folders.newest(config)
-    run(config, console := shout())
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, 1)
+        run(config, console := shout())
     assert f"{cut} is unfinished; --resume goes on there" in said(console)
-    run(replace(config, prompt="red"), console := shout())
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, 1)
+        run(replace(config, prompt="red"), console := shout())
     assert "unfinished" not in said(console)
 
 
@@ -489,6 +500,27 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_the_edit_goes_on(c
     assert said(console).count("last.pt: cannot be written (No space left on device). The edit goes on") == 4
     same_result(whole, outcome)
     assert read_checkpoint(outcome.folder / "ckpts" / "last.pt")["step"] == 2, "the last one that was written"
+
+
+def test_wherever_a_disk_is_full_a_checkpoint_says_so(tmp_path, monkeypatch):
+    """torch turns some of these errors into its own."""
+    write_checkpoint({"step": 1}, tmp_path / "a.pt")
+    before, content = (tmp_path / "a.pt").read_bytes(), {"step": 2, "means": torch.ones(100)}
+    for limit in range(0, len(before) + 400, 61):
+        room = [limit]
+
+        class Full(io.FileIO):
+            def write(self, data, room=room):
+                room[0] -= len(data)
+                if room[0] < 0:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return super().write(data)
+
+        monkeypatch.setattr("splatedit.files.open", lambda part, _, Full=Full: Full(part, "xb"), raising=False)
+        with pytest.raises(InputError, match="a.pt: cannot be written .No space left on device.") as error:
+            write_checkpoint(content, tmp_path / "a.pt")
+        assert isinstance(error.value.__cause__, OSError) and error.value.__cause__.errno == errno.ENOSPC
+        assert (tmp_path / "a.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.slow

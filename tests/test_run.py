@@ -292,7 +292,7 @@ def test_prompts_cannot_be_markup(config, monkeypatch, few_frames):
     ("change", "message"),
     [
         ({"scene": "nothing.ply"}, "nothing.ply: no such file"),
-        ({"scene": "."}, "no such file"),
+        ({"scene": "."}, "is a folder, expected a splat file"),
         ({"prompt": "  "}, "prompt: it is empty"),
         ({"prompt": "a zebra"}, "zebra.*--model"),
         ({"source_prompt": "a zebra"}, "zebra"),

@@ -89,12 +89,20 @@ def colmap_with(value: float) -> fuzz_files.Files:
     return {**files, "cameras.bin": bytes(cameras)}
 
 
+def compressed_with(value: float) -> fuzz_files.Files:
+    """A scene whose first chunk has this minimum of red, the 13th of its 18 numbers."""
+    data = bytearray(fuzz_files.written("compressed_ply", fuzz_files.gaussians(7, 0)))
+    struct.pack_into("<f", data, data.index(b"end_header\n") + 11 + 4 * 12, value)
+    return {"scene.compressed.ply": bytes(data)}
+
+
 FOUND: dict[str, tuple[str, fuzz_files.Files]] = {
     "a number of yaml with 5000 digits": ("sidecar", {"scene.yaml": b"up: " + b"9" * 5000}),
     "yaml that multiplies": ("sidecar", {"scene.yaml": fuzz_files.YAML[0].encode()}),
     "settings that multiply": ("config", {"run.yaml": fuzz_files.YAML[0].encode()}),
     "settings in settings in settings": ("config", {"run.yaml": fuzz_files.YAML[3].encode()}),
     "an unfinished header of .npy": ("rows", {"rows.npy": b"\x93NUMPY\1\0\x0e\0{'descr': '<i8'"}),
+    "colours that overflow once they are harmonics": ("compressed_ply", compressed_with(-3.4e38)),
     "a principal point beyond float32": ("colmap_binary", colmap_with(-1e39)),
     "a column's name that a terminal would obey": (
         "ply",

@@ -22,6 +22,7 @@ from splatedit.formats.packing import from_smallest_three, normalized, opacity_l
 from splatedit.formats.ply_file import NAMES, PlyFile, table, table_of, write_tables
 from splatedit.gaussians import PARAMETERS, SH_C0, SH_REST, Gaussians
 
+LARGEST = 1e37  # of a range's ends; colours become larger by 1 / SH_C0, and have to stay float32
 CHUNK = 256
 RANGES = {  # columns of an element `chunk`: minima, then maxima
     "means": ("min_x", "min_y", "min_z", "max_x", "max_y", "max_z"),
@@ -109,12 +110,12 @@ def _ranges(ply: PlyFile) -> dict[str, np.ndarray]:
             ranges[key] = np.tile([0.0, 0, 0, 1, 1, 1], (len(chunks), 1))
             continue
         ranges[key] = np.stack([chunks[name] for name in names], 1).astype(np.float64)
-        bad = ~np.isfinite(ranges[key])
+        bad = ~(np.abs(ranges[key]) <= LARGEST)
         if bad.any():
             row, column = (int(i) for i in np.argwhere(bad)[0])
             raise InputError(
                 f"{ply.path}: element 'chunk', property {names[column]!r}, row {row}: found "
-                f"{ranges[key][row, column]}, expected a finite number; the file is damaged, export it again."
+                f"{ranges[key][row, column]:g}, expected a finite number, {LARGEST:g} at most; export it again."
             )
     return ranges
 

@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from splatedit.cameras import orbit
 from splatedit.fpr import BACKWARD
-from splatedit.images import edit_images
+from splatedit.images import ImageStep, edit_images
 from splatedit.metrics import iou, psnr, ssim
 from splatedit.pocket.judge import load_judge
 from splatedit.pocket.meshes import load_mesh
@@ -84,13 +85,21 @@ class Ruler:
         camera = view_of(source, azimuth, prior.image_size)
         (self.source, before), (self.truth, self.mask) = (ground_truth(m, camera, WHITE) for m in (source, target))
         self.outside = ((before < 0.01) & (self.mask < 0.01)).float()
+        # What the autoencoder gives back of source and truth: where every edit begins, and the best that it could do.
+        with torch.no_grad():
+            self.ends = [prior.decode(prior.encode(picture)).clamp(0, 1) for picture in (self.source, self.truth)]
+        self.odds = [self.log_odds(picture)[0] for picture in self.ends]
 
-    def __call__(self, pictures: Tensor) -> list[dict[str, float]]:
+    def scores(self, pictures: Tensor) -> list[float]:
+        """Target scores: the judge's log-odds on a scale on which source is 0 and truth 1."""
+        low, high = self.odds
+        return [(odds - low) / (high - low) for odds in self.log_odds(pictures)]
+
+    def log_odds(self, pictures: Tensor) -> list[float]:
         logits = self.judge(pictures).log_softmax(1)
-        odds = (logits[:, self.index[1]] - logits[:, self.index[0]]).tolist()
-        return [{"log_odds": odd, **self.one(picture[None])} for odd, picture in zip(odds, pictures, strict=True)]
+        return (logits[:, self.index[1]] - logits[:, self.index[0]]).tolist()
 
-    def one(self, picture: Tensor) -> dict[str, float]:
+    def __call__(self, picture: Tensor) -> dict[str, float]:
         near = {} if self.lpips is None else {"lpips_source": self.source, "lpips_truth": self.truth}
         return {
             "source_psnr": psnr(picture, self.source),
@@ -121,36 +130,42 @@ def cloud(points: Tensor):
     )
 
 
-@torch.no_grad()
-def ends(ruler: Ruler, prior) -> dict[str, dict[str, float]]:
-    """Source and truth as the autoencoder gives them back: where every edit begins, and the best it could do."""
-    pairs = {"source": ruler.source, "truth": ruler.truth}
-    return {name: ruler(prior.decode(prior.encode(picture)).clamp(0, 1))[0] for name, picture in pairs.items()}
-
-
 def run_one(prior, ruler: Ruler, names: tuple[str, str], method: str, args) -> list[dict[str, Any]]:
-    """One edit under each seed, as rows of one batch that share nothing but the call; and what they cost."""
+    """One edit under each seed, as rows of one batch that share nothing but the call."""
     guidance, settings = read_method(method)
     groups = [[seed] for seed in args.seeds] if guidance == "vsd" else [list(args.seeds)]  # its LoRA would be shared
     runs = []
     for seeds in groups:
-        pictures, before = ruler.source.expand(len(seeds), -1, -1, -1), prior.evaluations
-        prompts = {"prompt": f"a {names[1]}", "source": f"a {names[0]}"}
-        curves: list[list[dict]] = [[] for _ in seeds]
+        pictures = ruler.source.expand(len(seeds), -1, -1, -1)
         options = {"model": prior, "guidance": guidance, "seed": seeds[0], "steps": args.steps, **settings}
-        start, spent = time.perf_counter(), 0.0
-        for step in edit_images(pictures, **prompts, **options):
-            if (step.index + 1) % args.every and step.index + 1 != args.steps:
-                continue
-            spent += time.perf_counter() - start
-            cost = (step.evaluations - before + BACKWARD * step.backwards) / len(seeds)
-            here = {"step": step.index + 1, "cost": cost, "seconds": spent / len(seeds)}
-            for curve, found in zip(curves, ruler(step.pictures().clamp(0, 1)), strict=True):
-                curve.append({**here, **found})
-            start = time.perf_counter()
+        steps = edit_images(pictures, prompt=f"a {names[1]}", source=f"a {names[0]}", **options)
         same = {"method": method, "source": names[0], "target": names[1]}
+        curves = follow(prior, ruler, steps, len(seeds), args)
         runs += [{**same, "seed": seed, "curve": curve} for seed, curve in zip(seeds, curves, strict=True)]
     return runs
+
+
+def follow(prior, ruler: Ruler, steps: Iterator[ImageStep], count: int, args) -> list[list[dict[str, float]]]:
+    """The target score along the way, for each row; all else only beside the scores asked for, to be interpolated."""
+    begun, spent, start = prior.evaluations, 0.0, time.perf_counter()
+    curves: list[list[dict[str, float]]] = [[] for _ in range(count)]
+    earlier = None
+    for step in steps:
+        if (step.index + 1) % args.every and step.index + 1 != args.steps:
+            continue
+        spent += time.perf_counter() - start
+        cost = (step.evaluations - begun + BACKWARD * step.backwards) / count
+        pictures = step.pictures().clamp(0, 1)
+        for row, score in enumerate(ruler.scores(pictures)):
+            here = {"step": step.index + 1, "cost": cost, "seconds": spent / count, "score": score}
+            before = curves[row][-1] if curves[row] else None
+            if any((before is None or before["score"] < wanted) and wanted <= score for wanted in args.scores):
+                here |= ruler(pictures[row : row + 1])
+                if before is not None and earlier is not None:
+                    before |= ruler(earlier[row : row + 1])
+            curves[row].append(here)
+        earlier, start = pictures, time.perf_counter()
+    return curves
 
 
 # ----------------------------------------------------------------------------------------------------------- the table
@@ -165,24 +180,13 @@ def interval(rows: list[tuple[str, float]], times: int = 2000) -> tuple[float, f
     return float(sums.sum() / counts.sum()), float(low), float(high)
 
 
-def scored(runs: list[dict]) -> list[dict]:
-    """The edits among the runs, with the target score at each point of their curves."""
-    odds = {(run["method"], run["source"]): run["curve"][0]["log_odds"] for run in runs if run["method"] in ENDS}
-    edits = [run for run in runs if run["method"] not in ENDS]
-    for run in edits:
-        low, high = (odds[end, run["source"]] for end in ENDS)
-        for here in run["curve"]:
-            here["score"] = (here["log_odds"] - low) / (high - low)
-    return edits
-
-
 def compare(runs: list[dict], score: float, console: Console) -> None:
     """Print each method's numbers where it reaches `score`, and its differences from REFERENCE on the same edits."""
     at: dict[str, dict] = {}  # by method, by source and seed
     for run in runs:
         at.setdefault(run["method"], {})[run["source"], run["seed"]] = at_score(run["curve"], score, "score")
     edits = [key for key in at[REFERENCE] if all(key in found for found in at.values())]
-    shown = {k: v for k, v in COLUMNS.items() if k in runs[0]["curve"][-1]}
+    shown = {k: v for k, v in COLUMNS.items() if any(k in here for here in runs[0]["curve"])}
     columns = ["method", "reached", *(title for title, _ in shown.values())]
     absolute = Table(*columns, title=f"where edits reach the target score {score:g}: mean, 95 % interval")
     paired = Table(*columns, title=f"target score {score:g}: less {REFERENCE}, where both get there; *: not 0")
@@ -223,7 +227,7 @@ def main() -> None:
     console = Console(width=240, record=True)
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     console.print(f"{machine}, {time.strftime('%Y-%m-%d')}; pocket prior, {args.steps} steps")
-    runs = scored(known)
+    runs = [run for run in known if run["method"] not in ENDS]
     for score in args.scores:
         compare(runs, score, console)
     bounds = Table("picture", *(title for title, _ in COLUMNS.values()), title="through the autoencoder alone")
@@ -249,7 +253,8 @@ def make(args, done: set[tuple[str, str]]) -> list[dict[str, Any]]:
                 continue
             ruler = ruler or Ruler(prior, args.meshes, pair, float(turns[k]), lpips)
             if method in ENDS:
-                runs = [{"method": method, "source": name, "target": pair[1], "curve": [ends(ruler, prior)[method]]}]
+                found = ruler(ruler.ends[ENDS.index(method)])
+                runs = [{"method": method, "source": name, "target": pair[1], "curve": [found]}]
             else:
                 runs = run_one(prior, ruler, pair, method, args)
             with open(args.runs, "a") as stream:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from splatedit.config import Config
 from splatedit.errors import InputError
+from splatedit.vram import MEMORY
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +27,7 @@ SECONDS, SHARE = 30.0, 0.02  # between two checkpoints at least, and of the run'
 # Settings that do not decide what an edit does, or (steps) that it can take up on its way. The scene is compared by its
 # content.
 FREE = ("scene", "steps", "device", "offline", "viewer", "cache_mb", "cache_dir", "checkpoint_every", "output_dir")
+FREE += MEMORY  # so that a run that found no room can go on in less
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Log:
     cache: dict[str, int] = field(default_factory=dict)  # of the source cache, see Step
     resumed: list[int] = field(default_factory=list)  # steps that were done when the run was taken up again
     rows: Tensor | None = None  # of the result, see Step
+    stepped_down: dict[str, Any] | None = None  # after an out-of-memory: after how many steps, to which settings
     # Of this sitting, and in no checkpoint:
     last: Step | None = None  # None if all steps had been taken before
     whole: bool = True  # whether the state of `last` can be had, which a step that was cut off has spoilt

@@ -13,7 +13,7 @@ import click
 
 from splatedit import __version__
 from splatedit.config import GUIDANCES, KEYS, UPS, Config, colour, load_config
-from splatedit.errors import InputError, LossWarning
+from splatedit.errors import InputError, LossWarning, OutOfMemory
 
 MISTAKE, CRASH, INTERRUPTED = 2, 1, 130
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a full or failing disk is nobody's mistake
@@ -71,6 +71,7 @@ def cli() -> None:
 @setting("--mask-text", key="mask_text", metavar="auto|WORDS")
 @setting("--grow-percent", key="grow_percent", type=float, metavar="NUMBER")
 @setting("--max-gaussians", key="max_gaussians", type=int, metavar="N")
+@setting("--vram", key="vram", type=int, metavar="GB")
 @setting("--offline", key="offline", is_flag=True)
 @setting("--viewer/--no-viewer", key="viewer", is_flag=True)
 @click.option("--config", "file", metavar="FILE", help="yaml file of settings, such as the config.yaml of another run")
@@ -448,7 +449,8 @@ def main() -> NoReturn:
             warnings.showwarning = show_warning
             cli.main(prog_name="splatedit", standalone_mode=False)
     except InputError as error:
-        fail(str(error), CRASH if getattr(error.__cause__, "errno", None) in DISK else MISTAKE)
+        crash = isinstance(error, OutOfMemory) or getattr(error.__cause__, "errno", None) in DISK
+        fail(str(error), CRASH if crash else MISTAKE)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(MISTAKE)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 
 from splatedit.errors import InputError
 from splatedit.tuning import RANGES
+from splatedit.vram import VRAM
 
 GUIDANCES = ("ids", "dds", "cds", "pds", "dreamcatalyst", "sds", "vsd", "sdi")  # the keys of guidance.GUIDANCE
 TIMESTEPS = ("uniform", "stratified", "annealed")  # of timesteps.TIMESTEPS
@@ -116,8 +117,17 @@ class Config:
     checkpoint_every: int | None = key(
         None, "steps between checkpoints; null: about 30 s, more where one takes long; 0: only at the end"
     )
+    vram: int | None = key(None, "settings for a GPU of so many GB: " + ", ".join(map(str, sorted(VRAM))))
+    checkpointing: bool = key(False, "gradients of the model take one more forward pass, and much less memory")
+    rows_at_once: int | None = key(None, "at most so many pictures go through the denoiser in one call; null: all")
+    vae_slicing: bool = key(False, "the autoencoder takes one picture at a time")
+    vae_tiling: bool = key(False, "and large ones in overlapping tiles, which shows a little")
+    attention_slicing: bool = key(False, "attention one head at a time, where torch has no fused attention")
     viewer: bool = key(False, "live viewer (not in this version yet)")
 
+
+# Settings that stand for several others, over all that came earlier, under what is given beside them.
+BUNDLES: dict[str, dict[Any, dict[str, Any]]] = {"vram": VRAM}
 
 NOUNS = {
     "str": "text",
@@ -143,7 +153,8 @@ def load_config(
     if file is not None:
         layers.append((str(file), read_yaml(Path(file))))
     layers.append(("", {k: v for k, v in (options or {}).items() if v is not None}))
-    layers.extend(("", parse_word(word)) for word in words)
+    layers.append(("", {k: v for word in words for k, v in parse_word(word).items()}))
+    layers = [part for where, layer in layers for part in (*bundled(layer), (where, layer))]
     merged: dict[str, Any] = asdict(defaults or Config())
     for where, layer in layers:
         for name, value in layer.items():
@@ -152,6 +163,18 @@ def load_config(
     config = Config(**merged)
     check(config)
     return config
+
+
+def bundled(layer: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What goes below a layer: the settings that those of BUNDLES stand for which it chooses.
+
+    A file that a run has written holds them all beside the choice, and so repeats that run whatever they stand for by
+    then. A choice that is not known is left to `check`.
+    """
+    for name, table in BUNDLES.items():
+        chosen = layer.get(name)
+        if isinstance(chosen, (int, str)) and chosen in table:
+            yield name, table[chosen]
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -267,6 +290,8 @@ def check(config: Config) -> None:
     for name, choices in (("up", UPS), ("weight", WEIGHTS), ("timesteps", TIMESTEPS)):
         if getattr(config, name) is not None:
             choose(name, getattr(config, name), choices)
+    if config.vram is not None and config.vram not in VRAM:
+        raise InputError(f"vram: found {config.vram}, expected the GB of a GPU: {', '.join(map(str, sorted(VRAM)))}.")
     if is_rig(config.cameras):
         rig(config.cameras)
     elif not Path(config.cameras).expanduser().exists():
@@ -305,7 +330,7 @@ def check(config: Config) -> None:
     if config.final_rate == 0:
         raise InputError("final_rate: found 0, expected more than 0 and at most 1.")
     lowest = {"guidance_scale": 0.0, "sdi_scale": -math.inf, "mask_threshold": 0.0, "checkpoint_every": 0}
-    lowest["max_gaussians"] = 1
+    lowest |= {"max_gaussians": 1, "rows_at_once": 1}
     for name, low in lowest.items():
         if getattr(config, name) is not None:
             within(name, getattr(config, name), low, math.inf)

@@ -16,6 +16,10 @@ class InputError(ValueError):
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
+class OutOfMemory(InputError):
+    """There is not enough memory, also with smaller settings: nobody's mistake, exit status 1."""
+
+
 class Lost(InputError):
     """An edit whose splats are no longer finite: the rates or the scale were too high."""
 

@@ -112,8 +112,9 @@ class Prior:
     def save_memory(self, savings: Savings) -> None:
         """Turn each of these on or off, as far as the pipeline's classes can."""
         before, self.savings, self.rows_at_once = self.savings, savings, savings.rows_at_once
-        for network in (self.unet, self.vae):
-            switch(network, "gradient_checkpointing", savings.checkpointing)
+        switch(self.unet, "gradient_checkpointing", savings.checkpointing)
+        if type(self.vae).__name__ != "AutoencoderTiny":  # small; diffusers (0.42) forgets to scale its input then
+            switch(self.vae, "gradient_checkpointing", savings.checkpointing)
         switch(self.vae, "slicing", savings.vae_slicing)
         switch(self.vae, "tiling", savings.vae_tiling)
         if savings.attention_slicing != before.attention_slicing:  # it replaces the attention processors
@@ -322,7 +323,8 @@ def load_prior(
 
     dtype: of the networks; None is float16 on CUDA and float32 elsewhere, where half precision works but is slow.
     offline: never ask the hub. checkpointing: spend one more forward pass on each gradient to save most of its memory;
-    `Prior.save_memory` knows more ways. Raises InputError, in one line, for a model that is not there, not whole, or not of the family.
+    `Prior.save_memory` knows more ways. Raises InputError, in one line, for a model that is not there, not whole, or
+    not of the family.
     """
     import torch
 

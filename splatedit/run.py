@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.markup import escape
 
-from splatedit import __version__, folders
+from splatedit import __version__, folders, vram
 from splatedit.checkpoints import Keeper, Log, check_cameras, check_same, patience, read_checkpoint
 from splatedit.config import Config, check, colour, is_rig, rig, save_config
-from splatedit.errors import InputError, Lost
+from splatedit.errors import InputError, Lost, OutOfMemory
 from splatedit.folders import CHECKPOINT, clean, find, finished, in_use, locked, output_folder
+from splatedit.model_files import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,13 +37,14 @@ if TYPE_CHECKING:
     from splatedit.gaussians import Gaussians
     from splatedit.images import ImageStep
     from splatedit.metrics import Report
-    from splatedit.priors import Prior
+    from splatedit.priors import Prior, Savings
 
 # Exit statuses of `splatedit run`; 2 is a mistake in what was asked.
 DONE, NOT_CHANGED, INTERRUPTED = 0, 3, 130
 VIEWS, ELEVATION = 8, 12.0  # of the before/after pairs and of the change report; degrees
 FRAMES, FPS = 72, 24  # of turntable.mp4
 LOST = 7.0  # dB to the source below which nothing is left of it
+LESS = "a smaller model, a mask, or close what else uses the memory"
 
 
 class Outcome(NamedTuple):
@@ -124,7 +126,7 @@ def run(
             check_cameras(saved, head(job)["cameras"])
         keeper = Keeper(folder / CHECKPOINT, head(job), config.checkpoint_every, partial(warn, console))
         with kept(folder, console):
-            log = optimise(job, console, keeper)
+            job, log = within_memory(job, console, keeper)
             record = write(job, console, folder, log, keeper)
             record["started"] = started.isoformat(timespec="seconds")
             record["wall_seconds"] = time.perf_counter() - clock
@@ -215,6 +217,7 @@ def prepare(config: Config, console: Console, saved: dict[str, Any] | None = Non
         console.print("[yellow]--viewer: the live viewer is not in this version yet; the edit runs without it.")
     with console.status("loading the model"):
         prior = load_prior(config.model, device, offline=config.offline)
+    prior.save_memory(savings(config))
     prior.text([config.prompt])  # a word the model does not know is told now, not after the first pictures
     console.print(escape(f"{gaussians.n:,} splats from {config.scene}, model {prior.name}, on {device}"))
     if line := introduce(config.scene):
@@ -277,6 +280,48 @@ def ask_prior(job: Job, console: Console) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
+def within_memory(job: Job, console: Console, keeper: Keeper) -> tuple[Job, Log]:
+    """The log of `optimise`; out of memory, once, it goes on from the last checkpoint with the next smaller settings.
+
+    Raises OutOfMemory if that is not enough, or there are none.
+    """
+    try:
+        return job, optimise(job, console, keeper)
+    except Exception as error:
+        if not vram.out_of_memory(error):
+            raise
+        reason, room = first_line(error), vram.room(job.prior.device)
+        smaller = vram.step_down(asdict(job.config), room)
+        if smaller is None:
+            raise OutOfMemory(f"out of memory ({reason}), with the smallest settings already; {LESS}.") from error
+    # Only here has the exception let go of what the step had made.
+    vram.release()
+    job, fact = stepped_down(job, smaller, keeper, console)
+    try:
+        log = optimise(job, console, keeper)
+    except Exception as error:
+        if not vram.out_of_memory(error):
+            raise
+        found = f"out of memory again ({first_line(error)}), with --vram {smaller.vram}"
+        raise OutOfMemory(f"{found}; try a smaller --vram with --resume, or {LESS}.") from error
+    log.stepped_down = fact
+    return job, log
+
+
+def stepped_down(job: Job, smaller: vram.Smaller, keeper: Keeper, console: Console) -> tuple[Job, dict[str, Any]]:
+    """The job with smaller settings at its last checkpoint, and what run.json says of it."""
+    config = replace(job.config, **smaller.changes)
+    saved = read_checkpoint(keeper.path) if keeper.path.exists() else None
+    done = saved["step"] if saved else 0
+    said = ", ".join(f"{k}={json.dumps(v)}" for k, v in smaller.changes.items() if k != "vram")
+    warn(console, f"out of memory; going on after {done} steps as with --vram {smaller.vram}: {said}.")
+    job.prior.save_memory(savings(config))
+    job = job._replace(config=config, saved=saved)
+    keeper.head = head(job)
+    save_config(config, keeper.path.parent.parent / "config.yaml")
+    return job, {"after_steps": done, **smaller.changes}
+
+
 def optimise(job: Job, console: Console, keeper: Keeper) -> Log:
     """Run the edit under a progress bar; Ctrl-C after the first step ends it early and keeps what is done."""
     from splatedit import editing
@@ -327,7 +372,8 @@ def options(job: Job) -> dict[str, Any]:
 
     config = job.config
     begin, end = config.grow_range
-    growth = Growth(config.grow_percent, config.grow_every, (begin, end), config.max_gaussians, config.prune_opacity)
+    most = vram.cap(asdict(config), job.gaussians.n)
+    growth = Growth(config.grow_percent, config.grow_every, (begin, end), most, config.prune_opacity)
     same = (
         "guidance",
         "guidance_scale",
@@ -356,6 +402,13 @@ def options(job: Job) -> dict[str, Any]:
         "tuning": Tuning(**{k: getattr(config, k) for k in Tuning._fields}),
         "rates": Rates(**{k: getattr(config, f"lr_{k}") for k in Rates._fields}),
     }
+
+
+def savings(config: Config) -> Savings:
+    """What the settings ask of the model, to save memory."""
+    from splatedit.priors import Savings
+
+    return Savings(**{k: getattr(config, k) for k in Savings._fields})
 
 
 def cameras_of_edit(job: Job) -> dict[str, Any]:
@@ -610,6 +663,7 @@ def facts(job: Job, log: Log) -> dict[str, Any]:
         "steps": done,
         "steps_asked": config.steps,
         "resumed_after": log.resumed,
+        "stepped_down": log.stepped_down,
         "seconds_per_step": {"all": log.wall / done, **{k: v / done for k, v in log.seconds.items()}},
         "source_seconds": log.before,
         "edit_seconds": log.wall,

@@ -57,6 +57,9 @@ class ToyPrior(Prior):
     def default_scale(self, guidance):
         return 2.0
 
+    def save_memory(self, savings):
+        """There are no networks to save it in."""
+
 
 def painted(cloud, color):
     sh0 = (torch.tensor(color).expand(cloud.n, 3) - 0.5) / SH_C0

@@ -1,4 +1,4 @@
-"""Set-up shared by all tests: two threads, no network, a small scene and a small untrained prior."""
+"""Set-up shared by all tests: two cores, no network, a small scene and a small untrained prior."""
 
 import os
 
@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(2)  # the machine that has to pass has two cores
+# The machine that has to pass has two cores: two workers with a thread each, or one process with two.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_collection_modifyitems(items):

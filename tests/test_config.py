@@ -6,6 +6,7 @@ import pytest
 from splatedit.config import (
     GUIDANCES,
     KEYS,
+    PRESETS,
     RIGS,
     SOLVERS,
     TEXT,
@@ -16,6 +17,7 @@ from splatedit.config import (
     load_config,
     rig,
     save_config,
+    typed,
 )
 from splatedit.errors import InputError
 
@@ -164,3 +166,23 @@ def test_defaults_are_those_of_the_code_below():
         *("gaussians", "source", "views", "rates", "tuning"),
         *("hold", "growth", "resume"),
     }
+
+
+def test_a_preset_stands_for_settings_that_may_be_given_beside_it(tmp_path):
+    plain, fast = load_config(), load_config(options={"preset": "fast"})
+    assert plain == load_config(words=["preset=paper"]) == Config()
+    assert {k for k in KEYS if getattr(plain, k) != getattr(fast, k)} <= {"preset", *PRESETS["fast"]}
+    assert all(getattr(fast, k) == v for k, v in PRESETS["fast"].items())
+    (tmp_path / "mine.yaml").write_text("preset: fast\nfpr_iters: 5\n")
+    mine = load_config(tmp_path / "mine.yaml", words=["source_cache=4"])
+    assert (mine.solver, mine.fpr_iters, mine.source_cache) == (PRESETS["fast"]["solver"], 5, 4)
+    again = load_config(tmp_path / "mine.yaml", {"preset": "paper"})
+    assert again == Config()
+    with pytest.raises(InputError, match=r"preset: 'fats' is not known \(did you mean 'fast'"):
+        load_config(options={"preset": "fats"})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_sound_and_say_the_same_settings(name):
+    assert PRESETS[name].keys() == PRESETS["paper"].keys()
+    assert all(typed(key, value) == value for key, value in PRESETS[name].items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import math
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.markup import escape as plain
 
+from splatedit import page
 from splatedit.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,22 +24,6 @@ if TYPE_CHECKING:
 
 ENDINGS = (".html", ".htm")
 ELEVATION = 12.0  # degrees of the circle from which a scene is drawn
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-img {{ max-width: 100%; display: block; margin: .6rem 0 }} p {{ max-width: 48rem }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-td, th {{ padding: .1rem 1rem .1rem 0; text-align: left; vertical-align: top }}
-th {{ color: #666; font-weight: normal }}
-summary {{ cursor: pointer }}
-</style>
-<h1>{title}</h1>
-<table>{facts}</table>
-{sections}
-</html>
-"""
 # Of each table what is shown: the columns over which it does not take means, and the numbers.
 SHOWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "drift": (("solver", "t", "iteration"), ("drift", "rms", "kurtosis", "autocorrelation", "cost")),
@@ -111,8 +95,8 @@ def diagnose(
     the same file on a CPU. The page is written whole or not at all; raises InputError for a mistake in an argument.
     """
     console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-    path, page = Path(path), Path(output or f"{Path(path).stem}-diagnosis.html")
-    check(path, prompt, page, seed)
+    path, target = Path(path), Path(output or f"{Path(path).stem}-diagnosis.html")
+    check(path, prompt, target, seed)
     from splatedit.priors import check_prior
 
     check_prior(model, offline)
@@ -130,7 +114,7 @@ def diagnose(
     for table in tables(subject, seed, plan, console):
         with console.status(f"drawing: {table.title.lower()}"):
             sections.append(section(table))
-    facts = {
+    about = {
         "file": str(path),
         "sha256": sha256(path),
         "source": f"{subject.source!r} ({origin})",
@@ -138,17 +122,16 @@ def diagnose(
         "model": prior.name,
         "guidance scale": subject.denoise().scale,
         "views": len(subject.z),
-        "seed": seed,
+        "seed": str(seed),
         "network rows forward": prior.evaluations,
     }
-    rows = "\n".join(f"<tr><th>{escape(name)}<td>{escape(show(value))}" for name, value in facts.items())
-    title = escape(f"{subject.source or 'the source'} → {prompt}: diagnosis")
-    with atomic(page) as stream:
-        stream.write(PAGE.format(title=title, facts=rows, sections="\n".join(sections)).encode())
-    return page
+    title = f"{subject.source or 'the source'} → {prompt}: diagnosis"
+    with atomic(target) as stream:
+        stream.write(page.page(title, "\n".join([page.facts(about), *sections])).encode())
+    return target
 
 
-def check(path: Path, prompt: str, page: Path, seed: int) -> None:
+def check(path: Path, prompt: str, target: Path, seed: int) -> None:
     """Raise InputError for what can be told to be wrong before a model is loaded."""
     from splatedit.config import within
     from splatedit.figures import check_matplotlib
@@ -157,10 +140,10 @@ def check(path: Path, prompt: str, page: Path, seed: int) -> None:
         raise InputError(f"{path}: no such file; expected a splat file or a picture.")
     if not prompt.strip():
         raise InputError('prompt: it is empty; say what an edit shall show, as in "a pig".')
-    if page.suffix.lower() not in ENDINGS:
-        raise InputError(f"--output: found {str(page)!r}, expected a name that ends in .html.")
-    if page.is_dir() or not page.parent.is_dir():
-        raise InputError(f"--output: {page} cannot be written; give a file in a folder that is there.")
+    if target.suffix.lower() not in ENDINGS:
+        raise InputError(f"--output: found {str(target)!r}, expected a name that ends in .html.")
+    if target.is_dir() or not target.parent.is_dir():
+        raise InputError(f"--output: {target} cannot be written; give a file in a folder that is there.")
     within("seed", seed, 0, 2**63 - 1)
     check_matplotlib()
 
@@ -249,13 +232,13 @@ def section(table: Table) -> str:
     by, values = SHOWN[table.name]
     means = averaged(table.rows, by, [name for name in values if name in table.columns])
     said = "Numbers" if means[0]["n"] == 1 else f"Numbers: means over {means[0]['n']} rows each"
-    image = address("image/svg+xml", svg(table.figure()))
-    kept = address("text/csv", as_csv(table).encode())
+    image = page.address("image/svg+xml", svg(table.figure()))
+    kept = page.address("text/csv", as_csv(table).encode())
     return "\n".join(
         [
             f"<h2>{escape(table.title)}</h2>",
             f"<p>{escape(table.says)}</p>",
-            f'<img src="{image}" alt="{escape(table.title)}">',
+            f'<img class="paper" src="{image}" alt="{escape(table.title)}">',
             f"<details><summary>{said}</summary>{as_html(means)}</details>",
             f'<p><a download="{table.name}.csv" href="{kept}">All {len(table.rows)} rows as CSV</a></p>',
         ]
@@ -265,15 +248,14 @@ def section(table: Table) -> str:
 def as_html(rows: list[Row]) -> str:
     """Means as a table, with a standard error beside each mean that has one."""
     names = [name for name in rows[0] if name != "n" and not name.endswith("_se")]
-    head = "".join(f"<th>{escape(name)}" for name in names)
-    lines = ["<tr>" + "".join(f"<td>{escape(with_error(row, name))}" for name in names) for row in rows]
-    return f"<table><tr>{head}\n" + "\n".join(lines) + "</table>"
+    return page.table(names, [[with_error(row, name) for name in names] for row in rows])
 
 
 def with_error(row: Row, name: str) -> str:
     """A value, and its standard error if it has one."""
     error = row.get(f"{name}_se", math.nan)
-    return show(row[name]) if math.isnan(error) or error == 0 else f"{show(row[name])} ± {error:.2g}"
+    value = page.show(row[name])
+    return value if math.isnan(error) or error == 0 else f"{value} ± {error:.2g}"
 
 
 def as_csv(table: Table) -> str:
@@ -283,13 +265,3 @@ def as_csv(table: Table) -> str:
     writer.writeheader()
     writer.writerows(table.rows)
     return stream.getvalue()
-
-
-def address(kind: str, content: bytes) -> str:
-    """Content as a data address, so that the page can be sent alone."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def show(value: Any) -> str:
-    """A number to four digits, anything else as it is."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +105,15 @@ def count_rows(rows: Tensor | None, n: int) -> tuple[int, int]:
     return added, n - (len(rows) - added)
 
 
+class ViewChange(NamedTuple):
+    """What the change report saw in one view."""
+
+    psnr: float  # dB to the source; inf if they are equal
+    ssim: float
+    margin_before: float  # error(source prompt) - error(target prompt), relative to the error, of the source splat
+    margin: float  # of the edited one; positive: the prior prefers the target
+
+
 @dataclass
 class Report:
     """Did it change? The answer in one word, the numbers behind it, and what to try when the word is not 'changed'."""
@@ -119,10 +129,20 @@ class Report:
     margin: float  # mean error(source prompt) - error(target prompt) on the edited splat, relative to the error
     margin_before: float
     advice: list[str] = field(default_factory=list)
+    views: list[ViewChange] = field(default_factory=list)  # the same of each single view
 
     def as_dict(self) -> dict:
-        """Plain values for JSON; infinities become None."""
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+        """All but the views as plain values for JSON; infinities become None."""
+        return {k: plain(v) for k, v in asdict(self).items() if k != "views"}
+
+    def view_dicts(self) -> list[dict]:
+        """The views as plain values for JSON; infinities become None."""
+        return [{k: plain(v) for k, v in view._asdict().items()} for view in self.views]
+
+
+def plain(value: Any) -> Any:
+    """The value, or None for a number that JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @torch.no_grad()
@@ -164,6 +184,7 @@ def change_report(
     before, after = (render(g, cameras, background) for g in (source, edited if finite else edited.select(drawable)))
     rough_before, rough_after = roughness(before.rgb), roughness(after.rgb)
     gaps = [margins(prior, drawn.rgb, prompt, source_prompt, seed) for drawn in (before, after)]
+    columns = [*zip(before.rgb[:, None], after.rgb[:, None], *(gap.tolist() for gap in gaps), strict=True)]
     report = Report(
         verdict="changed",
         changed_share=changed_share(source, edited, radius, rows),
@@ -175,6 +196,7 @@ def change_report(
         preferred_target_before=float((gaps[0] > 0).float().mean()),
         margin=float(gaps[1].mean()),
         margin_before=float(gaps[0].mean()),
+        views=[ViewChange(psnr(a, b), ssim(a, b), *pulls) for a, b, *pulls in columns],
     )
     return judge(report, finite, same_prompt=prompt.strip() == source_prompt.strip(), inside=inside)
 

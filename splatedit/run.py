@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from splatedit.images import ImageStep
     from splatedit.metrics import Report
     from splatedit.priors import Prior, Savings
+    from splatedit.regions import PixelChange
 
 # Exit statuses of `splatedit run`; 2 is a mistake in what was asked.
 DONE, NOT_CHANGED, INTERRUPTED = 0, 3, 130
@@ -470,12 +471,11 @@ def warn_early(console: Console, step: Step, inside: float = 1.0) -> None:
 def write(job: Job, console: Console, folder: Path, log: Log, keeper: Keeper) -> dict[str, Any]:
     """Write everything but run.json, the edited splats first; return what run.json shall hold."""
     from splatedit.report import write_report
-    from splatedit.stack import Stack
 
     raw, edited, lost = write_splats(job, folder, log)
     if log.last is not None and log.whole:
         keeper.write(log)
-    record, report, pairs = facts(job, log), None, []
+    record, report, regions, pictures = facts(job, log), None, {}, []
     if log.rows is not None:
         console.print(f"{record['splats_added']:,} splats added, {record['splats_removed']:,} removed")
     number = None
@@ -484,10 +484,11 @@ def write(job: Job, console: Console, folder: Path, log: Log, keeper: Keeper) ->
         with console.status("measuring the change"):
             report = measure(job, raw, log.rows)
         with console.status("drawing"):
-            pairs = draw_pairs(job, folder, edited)
+            pictures, pixels = draw_pairs(job, folder, edited)
+        regions = measure_regions(job, edited, log.rows, pixels)
     except KeyboardInterrupt:  # the splats are safe; the pictures are given up
         console.print("[bold yellow]Interrupted[/] while writing: the report and pictures not yet done are left out.")
-    interrupted = log.interrupted or not pairs
+    interrupted = log.interrupted or not pictures
     changed = report is not None and report.verdict == "changed"
     record["interrupted"] = interrupted
     record["exit_status"] = INTERRUPTED if interrupted else DONE if changed else NOT_CHANGED
@@ -500,12 +501,17 @@ def write(job: Job, console: Console, folder: Path, log: Log, keeper: Keeper) ->
     }
     record["source_cache"] = log.cache
     record["peak_memory_mib"] = peak_memory()
-    if number:
-        with suppress(InputError):
-            Stack(folder / "edited.ply").note(number, verdict=report and report.verdict, change=record["change"])
-    write_json({"change": record["change"], "curve": curve(log)}, folder / "metrics.json")
-    if pairs:
-        write_report(record, pairs, folder / "report.html")
+    metrics = {
+        "change": record["change"],
+        "regions": regions,
+        "views": views_of_report(job, report) if report else [],
+        "pictures": pictures,
+        "curve": curve(log),
+    }
+    write_json(metrics, folder / "metrics.json")
+    history = note(folder, number, record) if number else []
+    if pictures:
+        write_report(record, metrics, job.config, folder, history)
     if report:
         tell(console, report, job.config.prompt, min(VIEWS, len(job.capture.report)) if job.capture else VIEWS)
     return record
@@ -537,6 +543,18 @@ def remember(job: Job, folder: Path, log: Log, record: dict[str, Any], console: 
     except (InputError, OSError) as error:
         warn(console, f"{error} So this edit cannot be undone; edited.ply is complete all the same.")
         return None
+
+
+def note(folder: Path, number: int, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Add to the history what came of the edit; return the history, see `stack.as_json`."""
+    from splatedit.stack import Stack, as_json
+
+    with suppress(InputError):
+        stack = Stack(folder / "edited.ply")
+        stack.note(number, verdict=(record["change"] or {}).get("verdict"), change=record["change"])
+        stack.read()
+        return as_json(stack)["entries"]
+    return []
 
 
 def without_lost(edited: Gaussians, rows: Tensor | None) -> tuple[Gaussians, Tensor | None]:
@@ -590,24 +608,48 @@ def measure(job: Job, edited: Gaussians, rows: Tensor | None) -> Report:
     )
 
 
-def draw_pairs(job: Job, folder: Path, edited: Gaussians) -> list[tuple[str, str]]:
-    """Write renders/*.png, before and after, and turntable.mp4; return the paths of the pairs, within the folder."""
+def measure_regions(
+    job: Job, edited: Gaussians, rows: Tensor | None, pixels: dict[str, PixelChange]
+) -> dict[str, dict[str, Any]]:
+    """What metrics.json says of the whole scene and, with a mask, of its inside and outside."""
+    from splatedit.cameras import bounds
+    from splatedit.regions import as_dicts, splat_changes
+
+    radius = bounds(job.gaussians).radius
+    return as_dicts(splat_changes(job.gaussians, edited.to("cpu"), radius, rows, job.mask), pixels)
+
+
+def views_of_report(job: Job, report: Report) -> list[dict[str, Any]]:
+    """What metrics.json says of each view of the change report."""
+    names = view_names(job, len(report.views), azimuth=180 / VIEWS)
+    return [{"view": name, **numbers} for name, numbers in zip(names, report.view_dicts(), strict=True)]
+
+
+def draw_pairs(job: Job, folder: Path, edited: Gaussians) -> tuple[list[dict[str, Any]], dict[str, PixelChange]]:
+    """Write renders/*.png, before and after, and turntable.mp4.
+
+    Returns what metrics.json says of each pair, its paths within the folder, and how all pairs changed, by region.
+    """
     from splatedit import media
+    from splatedit.regions import pixel_changes
+    from splatedit.scenes import marked
 
     both = job.gaussians.to(job.prior.device), edited.to(job.prior.device)
     cameras, turn = views_of_pictures(job)
     before, after = (list(media.draw(g, cameras, job.background)) for g in both)
+    inside = None if job.mask is None else list(media.draw(marked(both[0], job.mask), cameras, (0.0, 0.0, 0.0)))
+    together, each = pixel_changes(before, after, inside)
     (folder / "renders").mkdir(exist_ok=True)
-    pairs = []
-    for index in range(cameras.n):
-        names = f"renders/{index:02d}_before.png", f"renders/{index:02d}_after.png"
-        media.save_png(before[index], folder / names[0])
-        media.save_png(after[index], folder / names[1])
-        pairs.append(names)
+    pictures = []
+    for index, name in enumerate(view_names(job, cameras.n)):
+        paths = {when: f"renders/{index:02d}_{when}.png" for when in ("before", "after")}
+        media.save_png(before[index], folder / paths["before"])
+        media.save_png(after[index], folder / paths["after"])
+        pictures.append({"view": name, **paths, **{region: c._asdict() for region, c in each[index].items()}})
     media.save_png(media.sheet([*before, *after], cameras.n), folder / "renders" / "sheet.png")
     film = media.beside(*(media.draw(g, turn, job.background) for g in both))
     media.save_frames(film, folder / "turntable.mp4", max(FPS * turn.n / FRAMES, 2))
-    return pairs
+    return pictures, together
 
 
 def views_of_model(job: Job, count: int, azimuth: float = 0.0) -> Cameras:
@@ -619,6 +661,15 @@ def views_of_model(job: Job, count: int, azimuth: float = 0.0) -> Cameras:
     if job.capture is not None:
         return job.capture.square(spread(job.capture.report, count), size)
     return orbit(job.gaussians, count, elevation=ELEVATION, azimuth=azimuth, size=size, up=job.up)
+
+
+def view_names(job: Job, count: int, azimuth: float = 0.0) -> list[str]:
+    """What `count` views of the report or the pictures are called: the file's names, or angles."""
+    from splatedit.captures import spread
+
+    if job.capture is not None:
+        return [view.name for view in spread(job.capture.report, count)]
+    return [f"{azimuth + 360 * index / count:g}° around" for index in range(count)]
 
 
 def views_of_pictures(job: Job) -> tuple[Cameras, Cameras]:

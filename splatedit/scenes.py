@@ -163,9 +163,7 @@ class Splats:
     @torch.no_grad()
     def coverage(self, views: Tensor | list[int]) -> Tensor:
         """How much of each pixel of the source the Gaussians inside the mask make up, (b, 1, h, w) in [0, 1]."""
-        white = (self.inside.to(self.source.sh0)[:, None, None].expand(-1, 1, 3) - 0.5) / SH_C0
-        marked = self.source._replace(sh0=white, shN=self.source.shN[:, :0])
-        return self(views, marked, (0.0, 0.0, 0.0)).rgb[:, :1].clamp(0, 1)
+        return self(views, marked(self.source, self.inside), (0.0, 0.0, 0.0)).rgb[:, :1].clamp(0, 1)
 
     def step(self, fraction: float, final_rate: float) -> None:
         """One Adam step on the gradients left by backward(); rates fall exponentially to `final_rate` of the first."""
@@ -274,6 +272,12 @@ class Splats:
             raise InputError(f"resume: the state is of an edit of {', '.join(trained)}; give the same rates.")
         if state["born"].keys() != self.home.keys():
             raise InputError("resume: the state is of an edit with another anchor; give the same.")
+
+
+def marked(gaussians: Gaussians, inside: Tensor) -> Gaussians:
+    """The same splats, white inside a mask (n,) bool and black outside: drawn on black, the share of each pixel."""
+    white = (inside.to(gaussians.sh0)[:, None, None].expand(-1, 1, 3) - 0.5) / SH_C0
+    return gaussians._replace(sh0=white, shN=gaussians.shN[:, :0])
 
 
 def check_mask(mask: Tensor | None, gaussians: Gaussians) -> Tensor:

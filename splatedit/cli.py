@@ -83,6 +83,8 @@ def cli() -> None:
     metavar="[PATH]",
     help="go on with a run that was cut off: its folder; without PATH the newest of this scene and prompt",
 )
+@click.option("--dry-run", is_flag=True, help="print the plan: cameras, evaluations, time, memory; write nothing")
+@click.option("--json", "as_json", is_flag=True, help="with --dry-run: as JSON")
 @click.help_option("-h", "--help", help="print this and stop")
 def run(
     scene: str | None,
@@ -90,6 +92,8 @@ def run(
     words: tuple[str, ...],
     file: str | None,
     resume: str | None,
+    dry_run: bool,
+    as_json: bool,
     **given: Any,
 ) -> None:
     """Edit SCENE, a splat file, until it shows PROMPT.
@@ -102,6 +106,9 @@ def run(
     Exit status: 0 edited; 2 a mistake in what was asked; 3 written, but nothing changed or the edit went to noise;
     130 interrupted.
     """
+    if (as_json and not dry_run) or (dry_run and resume is not None):
+        other = "--json goes with --dry-run" if as_json else "--dry-run plans a new run, --resume goes on with one"
+        raise click.UsageError(f"{other}.", click.get_current_context())
     if resume is None:
         for name, value in (("SCENE", scene), ("PROMPT", prompt)):
             if value is None:
@@ -110,11 +117,52 @@ def run(
     else:
         folder, config = resumed(resume, [w for w in (scene, prompt, *words) if w is not None], file, given)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep instead of spinning
+    if dry_run:
+        from splatedit.preflight import tell
+
+        tell(config, as_json)
+        return
     from splatedit.run import run as start
 
     outcome = start(config, command=["splatedit", *sys.argv[1:]], resume=folder)
     click.echo(str(outcome.edited))
     sys.exit(outcome.status)
+
+
+def like_run(command: click.Command) -> click.Command:
+    """Give a command the settings of `splatedit run` as options, but those that it has itself."""
+    own = {parameter.name for parameter in command.params}
+    shared = [p for p in run.params if isinstance(p, click.Option) and (p.name in KEYS or p.name == "file")]
+    command.params[-1:-1] = [p for p in shared if p.name not in own and p.name != "viewer"]
+    return command
+
+
+@like_run
+@cli.command(context_settings=CONTEXT)
+@click.argument("scene")
+@click.argument("prompt")
+@click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--views", type=click.IntRange(1, 4), default=4, show_default=True, metavar="N", help="how many, 1 to 4")
+@click.option(
+    "--steps", type=click.IntRange(1), default=20, show_default=True, metavar="N", help="steps of each picture"
+)
+@click.help_option("-h", "--help", help="print this and stop")
+def preview(
+    scene: str, prompt: str, words: tuple[str, ...], views: int, steps: int, file: str | None, **given: Any
+) -> None:
+    """Edit a few views of SCENE as pictures until they show PROMPT: what `splatedit run` would do, in seconds.
+
+    Takes the options and settings of `splatedit run`: the same guidance, prompts, cameras and mask. Writes one sheet,
+    OUTPUTS/SCENE/PROMPT@TIME.preview.png, with each view before and after; its path is the last line on stdout. Exit
+    status as of `splatedit run`.
+    """
+    config = load_config(file, {**given, "scene": scene, "prompt": prompt}, words)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from splatedit.preview import preview as start
+
+    made = start(config, views, steps)
+    click.echo(str(made.sheet))
+    sys.exit(made.status)
 
 
 def resumed(path: str, words: list[str], file: str | None, given: dict[str, Any]) -> tuple[str, Config]:

@@ -96,19 +96,10 @@ def run(
     mistake in the settings, the scene, or a model that is not there, all before the first picture is drawn.
     """
     from splatedit import mask_settings
-    from splatedit.priors import check_prior
 
     console = console or Console(stderr=True, highlight=False, soft_wrap=True)
     started, clock = datetime.now().astimezone(), time.perf_counter()
-    check(config)
-    if not config.prompt.strip():
-        raise InputError('prompt: it is empty; say what the scene shall show, as in "a pig".')
-    if not config.scene or not Path(config.scene).exists():
-        moved = "" if resume is None else f"; if it was moved, say where: splatedit run --resume {resume} SCENE"
-        raise InputError(f"{config.scene or 'scene'}: no such file; expected a splat file, such as a .ply{moved}.")
-    if resume is None:  # else the run has its mask already
-        mask_settings.without_text(config)
-    check_prior(config.model, config.offline)
+    check_job(config, resume)
     with working_folder(config, resume, console) as folder:
         from splatedit.files import sha256
 
@@ -136,6 +127,22 @@ def run(
 
 
 # ---------------------------------------------------------------------------------------------------------- beforehand
+def check_job(config: Config, resume: str | Path | None = None) -> None:
+    """Raise InputError for what can be told to be wrong with a run before anything is loaded or made."""
+    from splatedit import mask_settings
+    from splatedit.priors import check_prior
+
+    check(config)
+    if not config.prompt.strip():
+        raise InputError('prompt: it is empty; say what the scene shall show, as in "a pig".')
+    if not config.scene or not Path(config.scene).exists():
+        moved = "" if resume is None else f"; if it was moved, say where: splatedit run --resume {resume} SCENE"
+        raise InputError(f"{config.scene or 'scene'}: no such file; expected a splat file, such as a .ply{moved}.")
+    if resume is None:  # else the run has its mask already
+        mask_settings.without_text(config)
+    check_prior(config.model, config.offline)
+
+
 @contextmanager
 def working_folder(config: Config, resume: str | Path | None, console: Console) -> Iterator[Path]:
     """The outputs folder of this run, nobody else's while it lasts: a new one, or that of the run to go on with.
@@ -786,19 +793,21 @@ def curve(log: Log) -> dict[str, list]:
     return lines
 
 
+def rounded(value: Any) -> Any:
+    """The same plain value with every float at six significant digits."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def write_json(content: Any, path: Path) -> None:
     """Write JSON that any parser reads (no NaN, no infinity), floats to six significant digits."""
     from splatedit.files import atomic
 
-    def short(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: short(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [short(v) for v in value]
-        return float(f"{value:.6g}") if isinstance(value, float) else value
-
     with atomic(path) as stream:
-        stream.write((json.dumps(short(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
+        stream.write((json.dumps(rounded(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
 
 
 def tell(console: Console, report: Report, prompt: str, count: int) -> None:

@@ -186,6 +186,20 @@ def resumed(path: str, words: list[str], file: str | None, given: dict[str, Any]
 
 
 @cli.command(context_settings=CONTEXT)
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+@click.help_option("-h", "--help", help="print this and stop")
+def doctor(as_json: bool) -> None:
+    """Say whether splatedit can run here, and what to do if not: torch, GPU, gsplat, renderer, models, disk.
+
+    One line for each: ok, warning or fails. gsplat's CUDA extension is built if it has not been, which takes minutes.
+    Exit status 0 if splatedit can run here, 1 if not.
+    """
+    from splatedit.doctor import doctor as start
+
+    sys.exit(start(click.echo, as_json))
+
+
+@cli.command(context_settings=CONTEXT)
 @click.argument("file")
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 @click.help_option("-h", "--help", help="print this and stop")

@@ -57,6 +57,12 @@ def slug(text: str, longest: int = 48) -> str:
     return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:longest].rstrip("-") or "edit"
 
 
+def nearest(path: Path) -> Path:
+    """The path itself or the first folder above it that is there."""
+    path = path.expanduser().absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold `folder` alone; raises InputError if another process does.

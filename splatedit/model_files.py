@@ -6,6 +6,7 @@ No torch here: a model that is missing, or half downloaded, is told before anyth
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ FAMILY = "Stable Diffusion 1.x, 2.x or XL, or a model built like them"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # components that no edit needs
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")  # components with weights
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+CHECKSUMS = "SHA256SUMS"  # a file of the bundled model
 PATIENCE = 10.0  # seconds the hub has for its first answer
 
 
@@ -156,6 +158,27 @@ def check_weights(path: Path, place: str) -> None:
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise InputError(f"{place} is {size:,} bytes long, expected {expected:,}; fetch it again.")
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """sha256 by path of what loading reads of a diffusers folder."""
+    chosen = [folder / "model_index.json", folder / "vocabulary.json", *folder.glob("*/*")]
+    files = sorted(path for path in chosen if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def write_checksums(folder: Path) -> None:
+    """Write them beside the files, as `sha256sum -c` reads them."""
+    lines = [f"{digest}  {name}\n" for name, digest in checksums(folder).items()]
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def changed_files(folder: Path) -> list[str]:
+    """Files that are not what `write_checksums` saw, or gone; raises OSError where it left nothing."""
+    lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    found = checksums(folder)
+    return [name for name, digest in expected.items() if found.get(name) != digest]
 
 
 def variant(folder: Path, index: dict[str, Any], half: bool) -> str | None:

@@ -19,7 +19,7 @@ from splatedit.checkpoints import SECONDS
 from splatedit.config import Config
 from splatedit.editing import edit
 from splatedit.errors import InputError, OutOfMemory
-from splatedit.folders import slug
+from splatedit.folders import nearest, slug
 from splatedit.fpr import BACKWARD
 from splatedit.media import draw
 from splatedit.model_files import NETWORKS, first_line
@@ -154,9 +154,9 @@ def take_steps(job: Job) -> Timed:
         if index >= WARM or count <= WARM:
             walls.append(wall if index else own)
             prior.append(step.seconds["prior"])
-    steps.close()
+    del steps
     assert step is not None
-    used = peak_memory()
+    peak = peak_memory()["gpu" if device.type == "cuda" else "process"] or 0
     return Timed(
         source,
         tuple(walls),
@@ -164,7 +164,7 @@ def take_steps(job: Job) -> Timed:
         (step.evaluations - before) / count,
         step.backwards / count,
         step.cache.get("filled", 0) / count,
-        float(used["gpu"] if device.type == "cuda" else used["process"] or 0),
+        float(peak),
     )
 
 
@@ -277,12 +277,6 @@ def future_folder(config: Config) -> Path:
             f"output_dir: {config.output_dir} cannot be written to ({reason}); choose another with -o."
         ) from None
     return folder / f"{slug(config.prompt)}@{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def nearest(path: Path) -> Path:
-    """The path itself or the first folder above it that is there."""
-    path = path.expanduser().absolute()
-    return next(p for p in (path, *path.parents) if p.exists())
 
 
 def output(job: Job, folder: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from splatedit.model_files import write_checksums
 from splatedit.pocket import FOLDER
 from splatedit.pocket.meshes import VIEWS
 from splatedit.pocket.views import COLORS, Pictures, caption, make_pictures
@@ -333,6 +334,7 @@ def export(folder: Path, vae, unet, text, tokenizer, scale: float, names: tuple[
     words = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
     vocabulary = {"prompts": [caption(n) for n in names], "words": words, "image_size": SIZE}
     (folder / "vocabulary.json").write_text(json.dumps(vocabulary, indent=1) + "\n")
+    write_checksums(folder)
 
 
 def main() -> None:

@@ -156,7 +156,8 @@ def take_steps(job: Job) -> Timed:
             prior.append(step.seconds["prior"])
     del steps
     assert step is not None
-    peak = peak_memory()["gpu" if device.type == "cuda" else "process"] or 0
+    on_gpu = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(device) / MIB if on_gpu else peak_memory()["process"] or 0
     return Timed(
         source,
         tuple(walls),

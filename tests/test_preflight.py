@@ -6,7 +6,7 @@ import torch
 
 from splatedit import preflight
 from splatedit.cli import main
-from splatedit.config import load_config
+from splatedit.config import GUIDANCES, load_config
 from splatedit.run import run
 
 
@@ -53,7 +53,11 @@ def test_the_plan_is_a_short_table_and_nothing_is_written(call, words, tmp_path)
 @pytest.mark.parametrize(
     ("more", "exact"),
     [
-        pytest.param(["guidance=dds"], True, marks=pytest.mark.slow),
+        *(
+            pytest.param([f"guidance={name}"], name != "sdi", marks=pytest.mark.slow)
+            for name in GUIDANCES
+            if name != "ids"
+        ),
         (["fpr_iters=2"], True),
         (["guidance=dds", "source_cache=2"], False),
     ],
@@ -71,7 +75,7 @@ def test_what_is_counted_and_computed_is_what_the_run_takes(words, call, more, e
     if exact:
         assert (found["evaluations"]["all"], found["evaluations"]["backward"]) == (rows["edit"], rows["backward"])
     else:
-        assert found["evaluations"]["all"] == pytest.approx(rows["edit"], rel=0.1), "by chance alone"
+        assert found["evaluations"]["all"] == pytest.approx(rows["edit"], rel=0.1), "but for chance"
     saved = torch.load(done.folder / "ckpts" / "last.pt", weights_only=True)
     moments = [v for state in saved["optimizer"]["state"].values() for k, v in state.items() if k.startswith("exp_avg")]
     held = {"adam_moments": moments, "splats": list(saved["parameters"].values())}

@@ -11,6 +11,7 @@ from PIL import Image
 from splatedit import preview as module
 from splatedit.cameras import dome, orbit
 from splatedit.cli import cli, main
+from splatedit.config import GUIDANCES
 from splatedit.errors import InputError
 from splatedit.preview import advice, far_apart
 
@@ -145,6 +146,13 @@ def test_preview_takes_the_options_of_run():
 
     missing = names("run") - names("preview")
     assert missing == {"--resume", "--dry-run", "--json", "--viewer"}, missing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guidance", GUIDANCES)
+def test_every_guidance_previews(call, words, guidance):
+    status, out, err = call(*words, "--guidance", guidance, "--views", 2, "--steps", 2, "sdi_steps=2")
+    assert status in (0, 3) and Path(out.rstrip("\n")).exists(), err
 
 
 def test_too_many_views_in_python_are_an_input_error(scene_file, tiny_model):

@@ -141,9 +141,7 @@ def gsplat() -> None:
     """Build or load gsplat's CUDA extension, and say so; what the compiler says goes to stdout and stderr."""
     start = time.perf_counter()
     try:
-        from gsplat.cuda._backend import _C  # pyright: ignore[reportMissingImports]
-
-        if _C is None:
+        if importlib.import_module("gsplat.cuda._backend")._C is None:
             raise RuntimeError("no CUDA toolkit found")
         tell(ok=True, seconds=time.perf_counter() - start)
     except Exception as error:
@@ -184,20 +182,21 @@ def draw(backend: str, device: str) -> tuple[Any, list[Any]]:
         return torch.rand(shape, generator=generator)
 
     n, size = 40, 32
-    given = [
-        numbers(n, 3) * 2 - 1 + torch.tensor([0.0, 0.0, 4.0]),
-        numbers(n, 4) + 0.1,
-        numbers(n, 3) * 0.3 + 0.05,
-        numbers(n) * 0.8 + 0.1,
-        numbers(n, 4, 3) - 0.5,
-    ]
+    given = {
+        "means": numbers(n, 3) * 2 - 1 + torch.tensor([0.0, 0.0, 4.0]),
+        "quats": numbers(n, 4) + 0.1,
+        "scales": numbers(n, 3) * 0.3 + 0.05,
+        "opacities": numbers(n) * 0.8 + 0.1,
+        "colors": numbers(n, 4, 3) - 0.5,
+    }
     weights = numbers(1, size, size, 3)
-    given = [tensor.to(device).requires_grad_() for tensor in given]
+    given = {name: tensor.to(device).requires_grad_() for name, tensor in given.items()}
     K = torch.tensor([[[40.0, 0.0, 16.0], [0.0, 40.0, 16.0], [0.0, 0.0, 1.0]]], device=device)
     view = torch.eye(4, device=device)[None]
-    image, _, _ = rasterization(*given, view, K, size, size, sh_degree=1, backend=backend)
+    more: dict[str, Any] = {"viewmats": view, "Ks": K, "width": size, "height": size, "sh_degree": 1}
+    image, _, _ = rasterization(**given, **more, backend=backend)
     (image * weights.to(device)).sum().backward()
-    return image.detach(), [tensor.grad for tensor in given]
+    return image.detach(), [tensor.grad for tensor in given.values()]
 
 
 def model() -> None:

@@ -33,7 +33,7 @@ SKELETON = """<!doctype html>
 </body>
 </html>
 """
-# Every colour has a contrast of 4.5 or more to the page and to cards, lines of charts 3 or more.
+# Every colour has a contrast of 4.5 or more to the page and to cards (a test computes it).
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --card: #f4f5f7; --ink: #1b1f24; --soft: #57606a; --rule: #d5dae0;
   --good: #12692f; --bad: #b3261e; --link: #0b57b0; --line-0: #0b57b0; --line-1: #b84a00 }
@@ -54,7 +54,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .
 td, th { padding: .22rem 1.4rem .22rem 0; text-align: left; vertical-align: top }
 tr + tr > *, thead + tbody > tr > * { border-top: 1px solid var(--rule) }
 th { color: var(--soft); font-weight: normal } thead th, .number { white-space: nowrap }
-.facts td { overflow-wrap: anywhere }
+.wide td:not(.number) { min-width: 6rem } .facts td { overflow-wrap: anywhere }
 td.number, th.number { text-align: right }
 details { margin: .5rem 0 } summary { cursor: pointer; padding: .2rem 0 }
 .good { color: var(--good) } .bad { color: var(--bad) }

@@ -23,7 +23,8 @@ FILM_BYTES = 6_000_000  # of the film in the page at most; a larger one is coded
 STYLE = """
 .views { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fill, minmax(max(9.5rem, 22%), 1fr)) }
 figure { margin: 0 } figcaption { padding-top: .35rem }
-.pair { position: relative; display: grid; grid-template-columns: 1fr 1fr; border-radius: .4rem; overflow: hidden }
+.pair { position: relative; display: grid; grid-template-columns: 1fr 1fr; border: 1px solid var(--rule);
+  border-radius: .4rem; overflow: hidden }
 .pair img { width: 100%; user-select: none; -webkit-user-drag: none } .pair input { display: none }
 .pair span { position: absolute; top: .4rem; padding: 0 .45rem; border-radius: 1rem; font-size: .75rem; color: #fff;
   background: rgb(0 0 0 / .72); pointer-events: none } .pair span:first-of-type { left: .4rem }
@@ -165,7 +166,7 @@ def verdict(record: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
         line = f"{change['changed_share']:.0%} of the splats changed; {near}; the model prefers {record['prompt']!r}"
         said.append(f"<p>{escape(f'{line} in {after} of {count} views, before the edit in {before}.')}</p>")
         if word == "changed":
-            said.extend(f"<p>{escape(hint)}.</p>" for hint in change["advice"])
+            said.extend(f"<p>{escape(hint[:1].upper() + hint[1:])}.</p>" for hint in change["advice"])
         else:
             said.append("<p>To try:</p><ul>" + "".join(f"<li>{escape(hint)}" for hint in change["advice"]) + "</ul>")
     if record["interrupted"]:

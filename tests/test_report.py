@@ -178,6 +178,26 @@ def test_only_the_own_script_may_run_and_nothing_may_be_loaded(tmp_path):
     assert "script-src 'none'" in page.page("t", "<p>b</p>")
 
 
+def luminance(colour):
+    """Relative luminance of #rgb or #rrggbb (WCAG 2.2)."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    parts = [int(digits[k : k + 2], 16) / 255 for k in (0, 2, 4)]
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
+    return sum(w * v for w, v in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_text_has_contrast_in_light_and_dark():
+    blocks = re.findall(r":root \{([^}]*)", page.STYLE)
+    assert len(blocks) == 2
+    for block in blocks:
+        colour = {name: luminance(value) for name, value in re.findall(r"--([\w-]+): (#\w+)", block)}
+        assert colour.keys() == {"page", "card", "ink", "soft", "rule", "good", "bad", "link", "line-0", "line-1"}
+        for name in colour.keys() - {"page", "card", "rule"}:
+            for behind in ("page", "card"):
+                low, high = sorted((colour[name], colour[behind]))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (name, behind)
+
+
 def test_user_text_is_text(tmp_path):
     record, content, config = made(tmp_path, prompt=NASTY, source=NASTY, scene=NASTY, device=NASTY)
     content["pictures"][0]["view"] = content["views"][0]["view"] = NASTY

@@ -55,6 +55,7 @@ class Timed(NamedTuple):
     backwards: float  # rows sent back, likewise
     filled: float  # records of the source cache made, likewise
     peak: float  # MiB: of the GPU that torch held in these steps, on a CPU of the process so far
+    state: float  # MiB that a checkpoint holds
 
 
 class Cost(NamedTuple):
@@ -89,7 +90,7 @@ def plan(config: Config, console: Console) -> dict[str, Any]:
         **described(job),
         **costs(job, timed, loading),
         "memory_mib": memory(job, timed),
-        "output": output(job, folder),
+        "output": output(job, folder, timed),
     }
 
 
@@ -121,6 +122,7 @@ def costs(job: Job, timed: Timed, loading: float) -> dict[str, Any]:
             "a_step": timed.evaluations,
             "backward_a_step": timed.backwards,
             "counted_in_steps": min(WARM + TIMED, steps),
+            "at_most": job.config.guidance == "sdi",  # whose inversions get shorter as noise levels fall
             "all": round(cost.evaluations),
             "backward": round(cost.backwards),
         },
@@ -166,7 +168,17 @@ def take_steps(job: Job) -> Timed:
         step.backwards / count,
         step.cache.get("filled", 0) / count,
         float(peak),
+        size_of(step.state()) / MIB,
     )
+
+
+def size_of(state: Any) -> int:
+    """Bytes of all tensors in nested dictionaries and lists."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, dict):
+        return sum(size_of(value) for value in state.values())
+    return sum(size_of(value) for value in state) if isinstance(state, (list, tuple)) else 0
 
 
 def whole(job: Job, timed: Timed) -> Cost:
@@ -280,7 +292,7 @@ def future_folder(config: Config) -> Path:
     return folder / f"{slug(config.prompt)}@{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def output(job: Job, folder: Path) -> dict[str, Any]:
+def output(job: Job, folder: Path, timed: Timed) -> dict[str, Any]:
     """Where results would go, how large the large ones are (MiB), and how much room there is."""
     config, g = job.config, job.gaussians
     each = sum(v.element_size() * v[0].numel() for v in g.parameters.values())
@@ -291,7 +303,7 @@ def output(job: Job, folder: Path) -> dict[str, Any]:
         "folder": str(folder),
         "edited_ply": (each * g.n + more) / MIB,
         "history": 2 * each * inside / MIB,
-        "checkpoint": 4 * each * inside / MIB,
+        "checkpoint": timed.state + (each * inside / MIB if config.average_last else 0.0),
         "checkpoints": f"about every {SECONDS:.0f} s"
         if every is None
         else f"every {every} steps"
@@ -334,7 +346,7 @@ def lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ("model", f"{plan['model']['name']}, {plan['model']['picture']} pixels, on {plan['model']['device']}"),
         ("guidance", f"{guidance['name']}, scale {guidance['scale']:g}{solver}, {plan['steps']} steps"),
         ("evaluations", f"{rows['a_step']:.3g} a step (counted in {rows['counted_in_steps']}), "
-                        f"{rows['all']:,.0f} in all{back}"),
+                        f"{'at most ' * rows['at_most']}{rows['all']:,} in all{back}"),
         ("time", f"about {duration(seconds['all'])}: {seconds['a_step']:.2g} s a step ({len(seconds['timed_steps'])} "
                  f"timed, {spread}), {duration(seconds['source'])} for the source, {duration(seconds['report'])} for "
                  f"report and pictures, {duration(seconds['loading'])} to load"),

@@ -74,6 +74,8 @@ def test_what_is_counted_and_computed_is_what_the_run_takes(words, call, more, e
     rows = done.record["network_evaluations"]
     if exact:
         assert (found["evaluations"]["all"], found["evaluations"]["backward"]) == (rows["edit"], rows["backward"])
+    elif "guidance=sdi" in more:
+        assert rows["edit"] < found["evaluations"]["all"] < 2 * rows["edit"] and found["evaluations"]["at_most"]
     else:
         assert found["evaluations"]["all"] == pytest.approx(rows["edit"], rel=0.1), "but for chance"
     saved = torch.load(done.folder / "ckpts" / "last.pt", weights_only=True)
@@ -83,8 +85,8 @@ def test_what_is_counted_and_computed_is_what_the_run_takes(words, call, more, e
         bytes_ = sum(t.numel() * t.element_size() for t in tensors)
         assert found["memory_mib"]["parts"][name] * 2**20 == pytest.approx(bytes_, rel=1e-4), name
     assert found["output"]["edited_ply"] * 2**20 == pytest.approx((done.edited).stat().st_size, rel=0.1)
-    size = (done.folder / "ckpts" / "last.pt").stat().st_size - 20_000  # the rest of it: settings, names, losses
-    assert 0.5 < found["output"]["checkpoint"] * 2**20 / size < 2
+    size = (done.folder / "ckpts" / "last.pt").stat().st_size
+    assert 0 < size - found["output"]["checkpoint"] * 2**20 < 120_000, "settings, losses and names are not in it"
 
 
 def test_times_are_those_of_the_steps_alone(words, call, monkeypatch):

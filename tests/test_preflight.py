@@ -59,7 +59,7 @@ def test_the_plan_is_a_short_table_and_nothing_is_written(call, words, tmp_path)
             if name != "ids"
         ),
         (["fpr_iters=2"], True),
-        (["guidance=dds", "source_cache=2"], False),
+        pytest.param(["guidance=dds", "source_cache=2"], False, marks=pytest.mark.slow),
     ],
 )
 def test_what_is_counted_and_computed_is_what_the_run_takes(words, call, more, exact):

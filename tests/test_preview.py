@@ -70,6 +70,7 @@ def test_what_may_not_change_is_shown_as_it_is(call, words, monkeypatch):
     assert torch.equal(after[outside], before[outside]) and not torch.equal(after, before)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_sheet(call, words):
     def sheet(*more):
         path = Path(call(*words, "--views", 1, "--steps", 2, "--cameras", "orbit:2", *more)[1].rstrip("\n"))

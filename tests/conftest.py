@@ -1,6 +1,7 @@
 """Set-up shared by all tests: two cores, no network, a small scene and a small untrained prior."""
 
 import os
+import sys
 
 # Before torch is imported: idle OpenMP threads sleep instead of spinning, and nobody asks a hub for anything.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -95,3 +96,19 @@ def tiny_model(tmp_path_factory):
     vocabulary = json.loads((folder / "vocabulary.json").read_text())
     (folder / "vocabulary.json").write_text(json.dumps({**vocabulary, "image_size": 32}))
     return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Run the command line in this process; returns exit status (0 too), stdout, stderr."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["splatedit", *map(str, words)])
+        from splatedit.cli import main
+
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capfd.readouterr()
+        return end.value.code or 0, out, err
+
+    return call

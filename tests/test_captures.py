@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from rich.console import Console
 from splatedit.camera_files import FLIP, CameraFile, View, save_cameras
 from splatedit.cameras import bounds, dome, orbit
 from splatedit.captures import apparent_size, describe, find_capture, in_view, load_capture, split, spread
-from splatedit.cli import main
 from splatedit.config import Config
 from splatedit.errors import InputError
 from splatedit.formats.checkpoints import _comments
@@ -144,20 +142,6 @@ def test_a_nerfstudio_scene_is_seen_from_where_it_was_trained(cloud, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- what a user does
-
-
-@pytest.fixture
-def call(monkeypatch, capfd):
-    """Run the command line in this process; returns exit status, stdout, stderr."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["splatedit", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capfd.readouterr()
-        return end.value.code, out, err
-
-    return call
 
 
 def test_a_run_looks_from_the_cameras_beside_its_scene(call, cloud, scene_file, tiny_model, tmp_path, monkeypatch):

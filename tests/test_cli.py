@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from splatedit import __version__, files
-from splatedit.cli import cli, main
+from splatedit.cli import cli
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {
@@ -27,20 +27,6 @@ HEAVY = {
     "rich",
     "plyfile",
 }
-
-
-@pytest.fixture
-def call(monkeypatch, capfd):
-    """Run the command line in this process; returns exit status, stdout, stderr."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["splatedit", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capfd.readouterr()
-        return end.value.code, out, err
-
-    return call
 
 
 @pytest.mark.parametrize("words", [[], ["run"], ["image"], ["info"], ["render"]])

@@ -1,27 +1,11 @@
 import json
-import sys
 
 import pytest
 import torch
 
 from splatedit import preflight
-from splatedit.cli import main
 from splatedit.config import GUIDANCES, load_config
 from splatedit.run import run
-
-
-@pytest.fixture
-def call(monkeypatch, capfd):
-    """Run the command line in this process; returns exit status, stdout, stderr."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["splatedit", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capfd.readouterr()
-        return end.value.code or 0, out, err
-
-    return call
 
 
 @pytest.fixture

@@ -1,4 +1,3 @@
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,24 +9,10 @@ from PIL import Image
 
 from splatedit import preview as module
 from splatedit.cameras import dome, orbit
-from splatedit.cli import cli, main
+from splatedit.cli import cli
 from splatedit.config import GUIDANCES
 from splatedit.errors import InputError
 from splatedit.preview import advice, far_apart
-
-
-@pytest.fixture
-def call(monkeypatch, capfd):
-    """Run the command line in this process; returns exit status, stdout, stderr."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["splatedit", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capfd.readouterr()
-        return end.value.code or 0, out, err
-
-    return call
 
 
 @pytest.fixture

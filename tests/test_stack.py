@@ -27,7 +27,6 @@ from hypothesis.stateful import (
 
 from splatedit import __version__, deltas, files, records, stack
 from splatedit.blending import Named, blend, fade, reapply
-from splatedit.cli import main
 from splatedit.errors import InputError
 from splatedit.gaussians import Gaussians
 from splatedit.stack import Stack, push, shows
@@ -735,20 +734,6 @@ def test_a_full_disk_leaves_everything_as_it_was(file, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------ the commands
-@pytest.fixture
-def call(monkeypatch, capfd):
-    """Run the command line in this process; returns exit status, stdout, stderr."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["splatedit", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capfd.readouterr()
-        return end.value.code, out, err
-
-    return call
-
-
 def test_the_commands(file, call):
     known = states(file)
     status, out, _ = call("history", file)

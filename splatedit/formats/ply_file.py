@@ -5,6 +5,7 @@ Greg Turk's "The PLY Polygon File Format" (1994). A file is read and written by 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections import deque
@@ -326,15 +327,33 @@ def write_tables(
     for name, element in tables.items():
         lines += [f"element {name} {len(element.parts[0][1]) if element.parts else 0}"]
         lines += [f"property {NAMES[column.dtype.str[1:]]} {key}" for key, column in element.columns.items()]
-    stream.write("\n".join([*lines, "end_header\n"]).encode("ascii"))
+    header = "\n".join([*lines, "end_header\n"]).encode("ascii")
+    _reserve(stream, len(header) + sum(len(t.parts[0][1]) * _dtype(t).itemsize for t in tables.values() if t.parts))
+    stream.write(header)
     for element in tables.values():
         _write_rows(stream, element)
+
+
+def _reserve(stream: IO[bytes], size: int) -> None:
+    """Ask for the whole room at once: a full disk is told before anything is written, and writing is far faster."""
+    if size < BLOCK or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(stream.fileno(), 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise  # other errors only say that this cannot be asked of such a stream
+
+
+def _dtype(element: Table) -> np.dtype:
+    """A row as it is in the file."""
+    return np.dtype([(name, column.dtype.newbyteorder("<")) for name, column in element.columns.items()])
 
 
 def _write_rows(stream: IO[bytes], element: Table) -> None:
     """While one block is written, the next one is arranged."""
     count = len(element.parts[0][1]) if element.parts else 0
-    dtype = np.dtype([(name, column.dtype.newbyteorder("<")) for name, column in element.columns.items()])
+    dtype = _dtype(element)
     step = max(1, BLOCK // max(1, dtype.itemsize))
     firsts = range(0, count, step)
     buffers = [np.empty(min(step, count), dtype) for _ in range(min(2, len(firsts)))]
@@ -353,7 +372,6 @@ def _write_rows(stream: IO[bytes], element: Table) -> None:
 
 def _arrangement(element: Table, dtype: np.dtype) -> Callable[[int, np.ndarray], None]:
     """The function that fills a block with the rows from a given one on; floats alone go the fast way."""
-    import torch
 
     def by_column(first: int, block: np.ndarray) -> None:
         for name, column in element.columns.items():
@@ -361,17 +379,32 @@ def _arrangement(element: Table, dtype: np.dtype) -> Callable[[int, np.ndarray],
 
     if any(part.dtype != FLOAT for _, part in element.parts):
         return by_column
-    names = [name for names, _ in element.parts for name in names]
-    order = torch.tensor([names.index(name) for name in element.order])
-    parts = [torch.from_numpy(part) for _, part in element.parts if part.shape[1]]
-    beside = torch.empty(max(1, BLOCK // dtype.itemsize), len(names))
+    moves = _moves(element)
 
     def by_row(first: int, block: np.ndarray) -> None:
-        m = len(block)
-        together = torch.cat([part[first : first + m] for part in parts], 1, out=beside[:m])
-        torch.index_select(together, 1, order, out=torch.from_numpy(block.view(FLOAT).reshape(m, -1)))
+        rows = block.view(FLOAT).reshape(len(block), -1)
+        for at, part, columns in moves:
+            rows[:, at] = part[first : first + len(block), columns]
 
     return by_row
+
+
+def _moves(element: Table) -> list[tuple[slice, np.ndarray, slice]]:
+    """Runs of columns of the file that lie evenly spaced in one part: where they go, from which, and where there."""
+    places = {name: (part, k) for names, part in element.parts for k, name in enumerate(names)}
+    moves, at = [], 0
+    while at < len(element.order):
+        (part, first), following = places[element.order[at]], [places[name] for name in element.order[at + 1 :]]
+        step = following[0][1] - first if following and following[0][0] is part and following[0][1] > first else 1
+        count = 1
+        while count <= len(following):
+            owner, column = following[count - 1]
+            if owner is not part or column != first + count * step:
+                break
+            count += 1
+        moves.append((slice(at, at + count), part, slice(first, first + (count - 1) * step + 1, step)))
+        at += count
+    return moves
 
 
 def _plain(text: str) -> str:

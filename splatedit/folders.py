@@ -25,18 +25,17 @@ def output_folder(config: Config, keep: Callable[[Path], bool] = lambda folder: 
 
     Raises InputError if it cannot be made.
     """
-    top = Path(config.output_dir)
-    parent = top / slug(Path(config.scene).stem)
+    top, first = Path(config.output_dir), place(config)
+    parent = first.parent
     new = [p for p in (parent, top) if not p.exists()]
-    name = f"{slug(config.prompt)}@{datetime.now():%Y%m%d-%H%M%S}"
-    folder, count = parent / name, 1
+    folder, count = first, 1
     while True:
         try:
             folder.mkdir(parents=True)
             break
         except FileExistsError:  # two runs in one second
             count += 1
-            folder = parent / f"{name}-{count}"
+            folder = parent / f"{first.name}-{count}"
         except OSError as error:
             reason = error.strerror or error
             raise InputError(f"output_dir: {top} cannot be written to ({reason}); choose another with -o.") from None
@@ -50,6 +49,12 @@ def output_folder(config: Config, keep: Callable[[Path], bool] = lambda folder: 
                 with suppress(OSError):  # another run has put something there
                     path.rmdir()
         raise
+
+
+def place(config: Config) -> Path:
+    """Where a run begun now puts its results: outputs/<scene>/<prompt>@<time>."""
+    when = f"{datetime.now():%Y%m%d-%H%M%S}"
+    return Path(config.output_dir) / slug(Path(config.scene).stem) / f"{slug(config.prompt)}@{when}"
 
 
 def slug(text: str, longest: int = 48) -> str:

@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +18,7 @@ from splatedit.checkpoints import SECONDS
 from splatedit.config import Config
 from splatedit.editing import edit
 from splatedit.errors import InputError, OutOfMemory
-from splatedit.folders import nearest, slug
+from splatedit.folders import nearest, place
 from splatedit.fpr import BACKWARD
 from splatedit.media import draw
 from splatedit.model_files import NETWORKS, first_line
@@ -282,14 +281,14 @@ def available(device: torch.device) -> float | None:
 # -------------------------------------------------------------------------------------------------------------- output
 def future_folder(config: Config) -> Path:
     """The folder that a run begun now would make; raises InputError where it could not be made."""
-    folder = Path(config.output_dir) / slug(Path(config.scene).stem)
-    there = nearest(folder)
+    folder = place(config)
+    there = nearest(folder.parent)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         reason = "Permission denied" if there.is_dir() else "Not a directory"
         raise InputError(
             f"output_dir: {config.output_dir} cannot be written to ({reason}); choose another with -o."
         ) from None
-    return folder / f"{slug(config.prompt)}@{datetime.now():%Y%m%d-%H%M%S}"
+    return folder
 
 
 def output(job: Job, folder: Path, timed: Timed) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,7 +18,7 @@ from splatedit.config import Config
 from splatedit.editing import rig_for
 from splatedit.errors import InputError
 from splatedit.files import atomic
-from splatedit.folders import slug
+from splatedit.folders import place
 from splatedit.images import SGD_STEP, decode, edit_images, encode
 from splatedit.media import save_png, sheet, to_bytes
 from splatedit.run import DONE, INTERRUPTED, NOT_CHANGED, Job, check_job, options, prepare, progress_bar
@@ -137,14 +136,15 @@ def edit(job: Job, seen: Views, steps: int, console: Console) -> tuple[Tensor, i
 # ----------------------------------------------------------------------------------------------------------- the sheet
 def write(job: Job, seen: Views, after: Tensor, measured: list[dict], done: int) -> Path:
     """Write the sheet beside the folders of runs; raises InputError if it cannot be."""
-    config = job.config
-    folder = Path(config.output_dir) / slug(Path(config.scene).stem)
-    path = folder / f"{slug(config.prompt)}@{datetime.now():%Y%m%d-%H%M%S}.preview.png"
+    path = place(job.config)
+    path = path.with_name(f"{path.name}.preview.png")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"output_dir: {folder} cannot be written to ({reason}); choose another with -o.") from None
+        raise InputError(
+            f"output_dir: {path.parent} cannot be written to ({reason}); choose another with -o."
+        ) from None
     with atomic(path) as stream:
         save_png(drawn(job, seen, after, measured, done), stream)
     return path

@@ -1,7 +1,7 @@
 """Pictures edited in latent space: the loop, the reading of pictures, and what `splatedit image` leaves behind."""
 
 import json
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +9,6 @@ import tiny_models as tiny
 import torch
 from PIL import Image
 
-from splatedit.cli import main
 from splatedit.config import GUIDANCES
 from splatedit.diffusion import step_range
 from splatedit.distilling import Distiller, Method
@@ -182,17 +181,9 @@ def album(tmp_path):
 
 
 @pytest.fixture
-def call(monkeypatch, capfd):
+def call(call):
     """Run `splatedit image` in this process; returns exit status, stdout, stderr."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["splatedit", "image", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capfd.readouterr()
-        return end.value.code, out, err
-
-    return call
+    return partial(call, "image")
 
 
 def test_a_folder_by_two_guidances_and_two_prompts(call, album, tiny_model, tmp_path):

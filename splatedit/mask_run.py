@@ -20,7 +20,7 @@ from splatedit.formats import endings
 from splatedit.gaussians import SH_C0, Gaussians
 from splatedit.mask_settings import build, tell, without_text
 from splatedit.masks import Mask
-from splatedit.run import Job, prepare
+from splatedit.run import Work, prepare
 
 HIGHLIGHT = (0.93, 0.0, 0.55)  # of the splats inside
 VIEWS, FRAMES, FPS, ELEVATION, SIZE = 8, 72, 24, 15.0, 320
@@ -31,7 +31,7 @@ class Made(NamedTuple):
 
     mask: Mask
     chosen: Tensor  # (n,) bool
-    job: Job
+    work: Work
 
 
 def highlight(gaussians: Gaussians, chosen: Tensor) -> Gaussians:
@@ -56,7 +56,7 @@ def save_npy(made: Made, path: Path) -> None:
 
 def save_selection(made: Made, path: Path) -> None:
     """The splats inside, a file of their own."""
-    save(made.job.gaussians.select(made.chosen.cpu()), path)
+    save(made.work.gaussians.select(made.chosen.cpu()), path)
 
 
 def save_sheet(made: Made, path: Path) -> None:
@@ -74,10 +74,10 @@ def pictures(made: Made, count: int):
     """Frames (h, w, 3) uint8 of the highlighted scene."""
     from splatedit.editing import resolve_device
 
-    job = made.job
-    cameras = orbit(job.gaussians, count, elevation=ELEVATION, size=SIZE, up=job.up)
-    shown = highlight(job.gaussians, made.chosen.to(job.gaussians.means.device))
-    return media.draw(shown.to(resolve_device(job.config.device)), cameras, job.background)
+    work = made.work
+    cameras = orbit(work.gaussians, count, elevation=ELEVATION, size=SIZE, up=work.up)
+    shown = highlight(work.gaussians, made.chosen.to(work.gaussians.means.device))
+    return media.draw(shown.to(resolve_device(work.config.device)), cameras, work.background)
 
 
 WRITERS: dict[str, Callable[[Made, Path], None]] = {
@@ -124,12 +124,12 @@ def masked(config: Config, console: Console) -> Made:
         from splatedit.priors import check_prior
 
         check_prior(config.model, config.offline)
-        job = prepare(config, console)
+        work = prepare(config, console)
     else:
         beside = sidecar(config.scene)
-        job = Job(config, load(config.scene), None, "", "none", config.up or beside.up)  # type: ignore[arg-type]
-    mask = build(job, console)
+        work = Work(config, load(config.scene), None, "", "none", config.up or beside.up)  # type: ignore[arg-type]
+    mask = build(work, console)
     assert mask is not None
-    chosen = mask(job.gaussians)
-    tell(mask, chosen, job, console)
-    return Made(mask, chosen, job)
+    chosen = mask(work.gaussians)
+    tell(mask, chosen, work, console)
+    return Made(mask, chosen, work)

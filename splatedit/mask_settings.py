@@ -16,7 +16,7 @@ from splatedit.masks import All, Mask, Not, box, describe, rule, sphere
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from splatedit.run import Job
+    from splatedit.run import Work
 
 
 def without_text(config: Config) -> list[Mask]:
@@ -30,17 +30,17 @@ def without_text(config: Config) -> list[Mask]:
     return masks
 
 
-def build(job: Job, console: Console) -> Mask | None:
+def build(work: Work, console: Console) -> Mask | None:
     """What all of the settings together ask for: all masks at once, then grown or shrunk, then inverted; None: nothing.
 
     Raises InputError for a mask that cannot be read or found.
     """
-    config = job.config
+    config = work.config
     masks = without_text(config)
     if config.mask_text is not None:
         from splatedit.relevance import ask
 
-        masks.append(ask(job, console))
+        masks.append(ask(work, console))
     if not masks:
         return None
     mask = masks[0] if len(masks) == 1 else All(tuple(masks))
@@ -49,26 +49,26 @@ def build(job: Job, console: Console) -> Mask | None:
     return Not(mask) if config.mask_invert else mask
 
 
-def of(job: Job, console: Console) -> Tensor | None:
-    """Which Gaussians of the job may change, (n,) bool on the CPU; None: all, for there is no mask.
+def of(work: Work, console: Console) -> Tensor | None:
+    """Which Gaussians of the work may change, (n,) bool on the CPU; None: all, for there is no mask.
 
     Says how many. The mask is kept as mask.json in the run's folder; one that lies there already, of the run that is
     being resumed, is taken as it is. Raises InputError for a mask that holds none.
     """
-    kept = Path(job.folder) / "mask.json" if job.folder else None
-    mask = load(kept) if kept and kept.is_file() else build(job, console)
+    kept = Path(work.folder) / "mask.json" if work.folder else None
+    mask = load(kept) if kept and kept.is_file() else build(work, console)
     if mask is None:
         return None
-    chosen = mask(job.gaussians)
-    tell(mask, chosen, job, console)
+    chosen = mask(work.gaussians)
+    tell(mask, chosen, work, console)
     if kept and not kept.is_file():
         save(mask, kept)
     return chosen.cpu()
 
 
-def tell(mask: Mask, chosen: Tensor, job: Job, console: Console) -> None:
+def tell(mask: Mask, chosen: Tensor, work: Work, console: Console) -> None:
     """Say how many Gaussians a mask holds, `chosen` in all, part by part; raises InputError if it is none."""
-    n, lines, inside = job.gaussians.n, describe(mask, job.gaussians), int(chosen.sum())
+    n, lines, inside = work.gaussians.n, describe(mask, work.gaussians), int(chosen.sum())
     if not inside:
         raise InputError(f"mask: it holds none of the {n:,} splats, so nothing could change ({'; '.join(lines)}).")
     console.print(escape(f"{inside:,} of {n:,} splats may change ({inside / n:.1%}), by mask:"))

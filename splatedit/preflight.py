@@ -24,7 +24,7 @@ from splatedit.media import draw
 from splatedit.model_files import NETWORKS, first_line
 from splatedit.run import (
     VIEWS,
-    check_job,
+    check_run,
     device_name,
     options,
     peak_memory,
@@ -37,7 +37,7 @@ from splatedit.run import (
 )
 
 if TYPE_CHECKING:
-    from splatedit.run import Job
+    from splatedit.run import Work
 
 WARM, TIMED = 1, 3  # steps that are taken: the first fills caches and is not counted
 ASKED = 2 * 2 * 8  # evaluations of a view in the change report: before and after, two prompts, eight noise levels
@@ -70,58 +70,60 @@ def plan(config: Config, console: Console) -> dict[str, Any]:
 
     Raises InputError for whatever a run would before it begins, and OutOfMemory if there is no room.
     """
-    check_job(config)
+    check_run(config)
     folder = future_folder(config)
     clock = time.perf_counter()
-    job = prepare(config, console)
-    job = job._replace(mask=mask_settings.of(job, console))
-    list(draw(job.gaussians.to(job.prior.device), views_of_model(job, 1), job.background))  # what is compiled, is now
+    work = prepare(config, console)
+    work = work._replace(mask=mask_settings.of(work, console))
+    list(
+        draw(work.gaussians.to(work.prior.device), views_of_model(work, 1), work.background)
+    )  # what is compiled, is now
     loading = time.perf_counter() - clock
     try:
         with console.status("timing a few steps"):
-            timed = take_steps(job)
+            timed = take_steps(work)
     except Exception as error:
         if not vram.out_of_memory(error):
             raise
         hint = "a smaller --vram" if config.vram != min(vram.VRAM) else "a smaller model"
         raise OutOfMemory(f"out of memory in the first steps ({first_line(error)}); try {hint}.") from error
     return {
-        **described(job),
-        **costs(job, timed, loading),
-        "memory_mib": memory(job, timed),
-        "output": output(job, folder, timed),
+        **described(work),
+        **costs(work, timed, loading),
+        "memory_mib": memory(work, timed),
+        "output": output(work, folder, timed),
     }
 
 
-def described(job: Job) -> dict[str, Any]:
+def described(work: Work) -> dict[str, Any]:
     """What the run would do."""
-    config, n = job.config, job.gaussians.n
+    config, n = work.config, work.gaussians.n
     return {
         "scene": {
             "file": config.scene,
             "splats": n,
-            "sh_degree": job.gaussians.sh_degree,
-            "may_change": n if job.mask is None else int(job.mask.sum()),
+            "sh_degree": work.gaussians.sh_degree,
+            "may_change": n if work.mask is None else int(work.mask.sum()),
         },
-        "cameras": {**seen_from(job), "in_each_step": config.views_per_step},
-        "source_prompt": job.source_prompt,
-        "source_prompt_from": job.origin,
+        "cameras": {**seen_from(work), "in_each_step": config.views_per_step},
+        "source_prompt": work.source_prompt,
+        "source_prompt_from": work.origin,
         "prompt": config.prompt,
-        "model": {"name": job.prior.name, "device": device_name(job.prior.device), "picture": job.prior.image_size},
-        "guidance": {"name": config.guidance, "scale": scale_of(job), "solver": config.solver},
+        "model": {"name": work.prior.name, "device": device_name(work.prior.device), "picture": work.prior.image_size},
+        "guidance": {"name": config.guidance, "scale": scale_of(work), "solver": config.solver},
         "steps": config.steps,
     }
 
 
-def costs(job: Job, timed: Timed, loading: float) -> dict[str, Any]:
+def costs(work: Work, timed: Timed, loading: float) -> dict[str, Any]:
     """Evaluations and seconds, of a step and of all."""
-    cost, after, steps = whole(job, timed), report_seconds(job, timed), job.config.steps
+    cost, after, steps = whole(work, timed), report_seconds(work, timed), work.config.steps
     return {
         "evaluations": {
             "a_step": timed.evaluations,
             "backward_a_step": timed.backwards,
             "counted_in_steps": min(WARM + TIMED, steps),
-            "at_most": job.config.guidance == "sdi",  # whose inversions get shorter as noise levels fall
+            "at_most": work.config.guidance == "sdi",  # whose inversions get shorter as noise levels fall
             "all": round(cost.evaluations),
             "backward": round(cost.backwards),
         },
@@ -137,14 +139,14 @@ def costs(job: Job, timed: Timed, loading: float) -> dict[str, Any]:
     }
 
 
-def take_steps(job: Job) -> Timed:
+def take_steps(work: Work) -> Timed:
     """The first steps of the edit, in memory alone."""
-    device, config = job.prior.device, job.config
+    device, config = work.prior.device, work.config
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    settings = {**options(job), "cache_dir": None}
-    before, walls, prior, source, step = job.prior.evaluations, [], [], 0.0, None
-    steps = edit(job.gaussians, config.prompt, job.source_prompt, model=job.prior, up=job.up, **settings)
+    settings = {**options(work), "cache_dir": None}
+    before, walls, prior, source, step = work.prior.evaluations, [], [], 0.0, None
+    steps = edit(work.gaussians, config.prompt, work.source_prompt, model=work.prior, up=work.up, **settings)
     count = min(WARM + TIMED, config.steps)
     for index in range(count):
         start = time.perf_counter()
@@ -180,19 +182,19 @@ def size_of(state: Any) -> int:
     return sum(size_of(value) for value in state) if isinstance(state, (list, tuple)) else 0
 
 
-def whole(job: Job, timed: Timed) -> Cost:
+def whole(work: Work, timed: Timed) -> Cost:
     """The cost of all steps, from that of a few.
 
     With a source cache the first steps make records that later ones find: D draws among R records, each as likely,
     leave R (1 - 1/R)^D of them unmade.
     """
-    config, wall = job.config, sum(timed.steps) / len(timed.steps)
+    config, wall = work.config, sum(timed.steps) / len(timed.steps)
     a_step = (timed.evaluations, timed.backwards)
     evaluations, backwards = (config.steps * part for part in a_step)
     if config.source_cache and timed.filled:
         draws = config.views_per_step * config.steps
-        served = config.views_per_step * (1 if scale_of(job) in (0, 1) else 2)  # what the edit alone takes of a step
-        records = seen_from(job)["edit"] * config.source_cache
+        served = config.views_per_step * (1 if scale_of(work) in (0, 1) else 2)  # what the edit alone takes of a step
+        records = seen_from(work)["edit"] * config.source_cache
         fills = records * (1 - (1 - 1 / records) ** draws) if records > 1 else 1.0
         fills = max(fills, draws / config.cache_refresh) if config.cache_refresh else fills
         evaluations = config.steps * served + fills * (timed.evaluations - served) / timed.filled
@@ -203,28 +205,28 @@ def whole(job: Job, timed: Timed) -> Cost:
     )
 
 
-def scale_of(job: Job) -> float:
+def scale_of(work: Work) -> float:
     """The classifier-free guidance scale of the edit."""
-    given = job.config.guidance_scale
-    return job.prior.default_scale(job.config.guidance) if given is None else given
+    given = work.config.guidance_scale
+    return work.prior.default_scale(work.config.guidance) if given is None else given
 
 
-def report_seconds(job: Job, timed: Timed) -> float:
+def report_seconds(work: Work, timed: Timed) -> float:
     """Of the change report, the pictures and the film after the edit, from one picture of each kind."""
     row = timed.prior / max(timed.evaluations + BACKWARD * timed.backwards, 1e-9)
-    seconds, there = VIEWS * ASKED * row, job.gaussians.to(job.prior.device)
-    for cameras in views_of_pictures(job):
+    seconds, there = VIEWS * ASKED * row, work.gaussians.to(work.prior.device)
+    for cameras in views_of_pictures(work):
         start = time.perf_counter()
-        list(draw(there, cameras.pick([0]), job.background))
+        list(draw(there, cameras.pick([0]), work.background))
         seconds += 2 * cameras.n * (time.perf_counter() - start)
     return seconds
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
-def memory(job: Job, timed: Timed) -> dict[str, Any]:
+def memory(work: Work, timed: Timed) -> dict[str, Any]:
     """MiB: the peak of the timed steps, what of it is known by formula, and what later steps add."""
-    parts, later = known(job)
-    device = job.prior.device
+    parts, later = known(work)
+    device = work.prior.device
     on_device = sum(v for k, v in parts.items() if device.type == "cpu" or k not in ("source_pictures", "source_cache"))
     return {
         "on": "the GPU" if device.type == "cuda" else "the process",
@@ -236,15 +238,15 @@ def memory(job: Job, timed: Timed) -> dict[str, Any]:
     }
 
 
-def known(job: Job) -> tuple[dict[str, float], dict[str, float]]:
+def known(work: Work) -> tuple[dict[str, float], dict[str, float]]:
     """MiB of what an edit keeps, by formula, and of what comes after the first steps."""
-    config, g = job.config, job.gaussians
+    config, g = work.config, work.gaussians
     per = {k: v.element_size() * v[0].numel() for k, v in g.parameters.items()}  # bytes of one splat
     trained = sum(size for k, size in per.items() if getattr(config, f"lr_{k}") > 0)
-    inside = g.n if job.mask is None else int(job.mask.sum())
-    cameras, side = seen_from(job)["edit"], job.prior.image_size
-    latent = job.prior.latent_channels * (side // 2 ** (len(job.prior.vae.config.block_out_channels) - 1)) ** 2
-    networks = [getattr(job.prior.pipeline, part, None) for part in NETWORKS]
+    inside = g.n if work.mask is None else int(work.mask.sum())
+    cameras, side = seen_from(work)["edit"], work.prior.image_size
+    latent = work.prior.latent_channels * (side // 2 ** (len(work.prior.vae.config.block_out_channels) - 1)) ** 2
+    networks = [getattr(work.prior.pipeline, part, None) for part in NETWORKS]
     weights = sum(
         p.numel() * p.element_size() for network in networks if network is not None for p in network.parameters()
     )
@@ -291,12 +293,12 @@ def future_folder(config: Config) -> Path:
     return folder
 
 
-def output(job: Job, folder: Path, timed: Timed) -> dict[str, Any]:
+def output(work: Work, folder: Path, timed: Timed) -> dict[str, Any]:
     """Where results would go, how large the large ones are (MiB), and how much room there is."""
-    config, g = job.config, job.gaussians
+    config, g = work.config, work.gaussians
     each = sum(v.element_size() * v[0].numel() for v in g.parameters.values())
     more = sum(column.nbytes for column in g.extra.values()) + 12 * g.n * (not g.layout or "nx" in g.layout)  # normals
-    inside = g.n if job.mask is None else int(job.mask.sum())
+    inside = g.n if work.mask is None else int(work.mask.sum())
     every = config.checkpoint_every
     return {
         "folder": str(folder),

@@ -21,7 +21,7 @@ from splatedit.files import atomic
 from splatedit.folders import place
 from splatedit.images import SGD_STEP, decode, edit_images, encode
 from splatedit.media import save_png, sheet, to_bytes
-from splatedit.run import DONE, INTERRUPTED, NOT_CHANGED, Job, check_job, options, prepare, progress_bar
+from splatedit.run import DONE, INTERRUPTED, NOT_CHANGED, Work, check_run, options, prepare, progress_bar
 from splatedit.scenes import Splats
 
 if TYPE_CHECKING:
@@ -57,40 +57,40 @@ def preview(config: Config, views: int = VIEWS, steps: int = STEPS, console: Con
     """
     console = console or Console(stderr=True, highlight=False, soft_wrap=True)
     clock = time.perf_counter()
-    check_job(config)
+    check_run(config)
     if not 1 <= views <= 4 or steps < 1:
         raise InputError(f"preview: found {views} views and {steps} steps, expected 1 to 4 views and 1 step or more.")
-    job = prepare(config, console)
-    job = job._replace(mask=mask_settings.of(job, console))
-    seen = look(job, views)
-    after, done = edit(job, seen, steps, console)
+    work = prepare(config, console)
+    work = work._replace(mask=mask_settings.of(work, console))
+    seen = look(work, views)
+    after, done = edit(work, seen, steps, console)
     if seen.inside is not None:
         after = seen.pictures + seen.inside * (after - seen.pictures)
-    measured = image_run.measure(job.prior, seen.pictures, after, config.prompt, job.source_prompt, config.seed)
-    path = write(job, seen, after, measured, done)
+    measured = image_run.measure(work.prior, seen.pictures, after, config.prompt, work.source_prompt, config.seed)
+    path = write(work, seen, after, measured, done)
     changed = any(view["verdict"] == "changed" for view in measured)
-    tell(job, measured, time.perf_counter() - clock, console)
+    tell(work, measured, time.perf_counter() - clock, console)
     return Preview(path, seen.numbers, measured, INTERRUPTED if done < steps else DONE if changed else NOT_CHANGED)
 
 
 @torch.no_grad()
-def look(job: Job, count: int) -> Views:
+def look(work: Work, count: int) -> Views:
     """Views of the scene far from each other, out of those that the edit would look from, as it would draw them."""
-    config, prior = job.config, job.prior
-    gaussians, settings = job.gaussians.to(prior.device), options(job)
-    rig = rig_for(gaussians, settings["cameras"], settings.get("views", 48), prior.image_size, job.up)
+    config, prior = work.config, work.prior
+    gaussians, settings = work.gaussians.to(prior.device), options(work)
+    rig = rig_for(gaussians, settings["cameras"], settings.get("views", 48), prior.image_size, work.up)
     numbers = far_apart(rig, count)
     scene = Splats(
         gaussians,
         rig.pick(numbers),
         bounds(gaussians).radius,
-        mask=job.mask,
-        background=job.background,
+        mask=work.mask,
+        background=work.background,
         supersample=config.supersample,
         neighbours=0,
     )
     all_views = list(range(len(numbers)))
-    inside = None if job.mask is None else scene.coverage(all_views)
+    inside = None if work.mask is None else scene.coverage(all_views)
     return Views(numbers, scene(all_views).rgb.clamp(0, 1), inside)
 
 
@@ -104,17 +104,17 @@ def far_apart(cameras: Cameras, count: int) -> list[int]:
     return sorted(chosen)
 
 
-def edit(job: Job, seen: Views, steps: int, console: Console) -> tuple[Tensor, int]:
+def edit(work: Work, seen: Views, steps: int, console: Console) -> tuple[Tensor, int]:
     """The edited pictures, and after how many steps; fewer than asked if somebody interrupts."""
-    settings = options(job)
+    settings = options(work)
     same = ("guidance", "t_range", "seed", "timesteps", "anneal", "tuning", "solver", "fpr_iters", "fpr_lambda")
     scale = settings["guidance_scale"]
-    scale = job.prior.default_scale(job.config.guidance) if scale is None else scale
+    scale = work.prior.default_scale(work.config.guidance) if scale is None else scale
     images = edit_images(
         seen.pictures,
-        job.config.prompt,
-        job.source_prompt,
-        model=job.prior,
+        work.config.prompt,
+        work.source_prompt,
+        model=work.prior,
         guidance_scale=scale,
         steps=steps,
         rate=SGD_STEP * PUBLISHED / steps,
@@ -134,9 +134,9 @@ def edit(job: Job, seen: Views, steps: int, console: Console) -> tuple[Tensor, i
 
 
 # ----------------------------------------------------------------------------------------------------------- the sheet
-def write(job: Job, seen: Views, after: Tensor, measured: list[dict], done: int) -> Path:
+def write(work: Work, seen: Views, after: Tensor, measured: list[dict], done: int) -> Path:
     """Write the sheet beside the folders of runs; raises InputError if it cannot be."""
-    path = place(job.config)
+    path = place(work.config)
     path = path.with_name(f"{path.name}.preview.png")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,15 +146,15 @@ def write(job: Job, seen: Views, after: Tensor, measured: list[dict], done: int)
             f"output_dir: {path.parent} cannot be written to ({reason}); choose another with -o."
         ) from None
     with atomic(path) as stream:
-        save_png(drawn(job, seen, after, measured, done), stream)
+        save_png(drawn(work, seen, after, measured, done), stream)
     return path
 
 
-def drawn(job: Job, seen: Views, after: Tensor, measured: list[dict], done: int) -> np.ndarray:
+def drawn(work: Work, seen: Views, after: Tensor, measured: list[dict], done: int) -> np.ndarray:
     """Three rows, a column for each view: the scene, the same through the autoencoder alone, the edit; labelled."""
-    config, prior = job.config, job.prior
+    config, prior = work.config, work.prior
     plain = decode(prior, encode(prior, seen.pictures))
-    source = job.source_prompt or "no prompt"
+    source = work.source_prompt or "no prompt"
     rows = [
         (seen.pictures, lambda view: [f"camera {seen.numbers[view]}: the scene", source]),
         (plain, lambda view: ["the same through the model alone", source]),
@@ -185,9 +185,9 @@ def sees(config: Config, view: dict) -> str:
     return f"{config.prompt}: {'preferred' if view['prefers_target'] else 'not preferred'}"
 
 
-def tell(job: Job, measured: list[dict], seconds: float, console: Console) -> None:
+def tell(work: Work, measured: list[dict], seconds: float, console: Console) -> None:
     """What came of it, in a line, and what to try."""
-    prompt, count = job.config.prompt, len(measured)
+    prompt, count = work.config.prompt, len(measured)
     now, before = (sum(view[key] for view in measured) for key in ("prefers_target", "preferred_target_before"))
     margins = [[view[key] or 0.0 for view in measured] for key in ("margin_before", "margin")]
     gap = " to ".join(f"{sum(values) / count:+.3f}" for values in margins)
@@ -198,21 +198,21 @@ def tell(job: Job, measured: list[dict], seconds: float, console: Console) -> No
             f"{before} (margin {gap}); {seconds:.0f} s in all"
         )
     )
-    hint = advice(verdicts, now, job)
+    hint = advice(verdicts, now, work)
     if hint:
         console.print(f"[bold yellow]{escape(hint)}")
 
 
-def advice(verdicts: list[str], now: int, job: Job) -> str:
+def advice(verdicts: list[str], now: int, work: Work) -> str:
     """What to try before the scene is edited; empty where all is well."""
-    same = job.config.prompt.strip() == job.source_prompt.strip()
+    same = work.config.prompt.strip() == work.source_prompt.strip()
     if "changed" not in verdicts:
         if verdicts.count("noise") > len(verdicts) / 2:
             return "ONLY NOISE: try a lower --guidance-scale."
         other = "another prompt (it equals the source prompt), " * same
         return f"NOTHING CHANGED: try {other}more --steps, a higher --guidance-scale or --guidance dds."
     if now <= len(verdicts) / 2:
-        scene, prompt = shlex.quote(job.config.scene), shlex.quote(job.config.prompt)
+        scene, prompt = shlex.quote(work.config.scene), shlex.quote(work.config.prompt)
         return (
             "The model does not see the prompt in the edited views: try more --steps, a higher "
             f"--guidance-scale or other words; `splatedit diagnose {scene} {prompt}` shows what it sees."

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from splatedit.priors import Prior
-    from splatedit.run import Job
+    from splatedit.run import Work
 
 VIEWS = 24  # cameras looked through
 DRAWS = 6  # noise levels at which each view is looked at, at least 2
@@ -232,31 +232,31 @@ def threshold(measured: Measured, given: float | None = None) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------- of a run
-def ask(job: Job, console: Console) -> Relevance:
-    """The mask that mask_text of a job's settings asks for; raises InputError if the model cannot tell."""
-    config, prior = job.config, job.prior
+def ask(work: Work, console: Console) -> Relevance:
+    """The mask that mask_text of a work's settings asks for; raises InputError if the model cannot tell."""
+    config, prior = work.config, work.prior
     words = (config.mask_text or "").strip()
     if words == "auto" and not config.prompt.strip():
         raise InputError("mask_text: auto compares two prompts; say what the scene shall show (--prompt).")
-    chosen = None if words == "auto" else places(prior, job.source_prompt, words)
-    gaussians, cameras = job.gaussians.to(prior.device), views(job)
+    chosen = None if words == "auto" else places(prior, work.source_prompt, words)
+    gaussians, cameras = work.gaussians.to(prior.device), views(work)
     with console.status("asking the model what the edit is about"), torch.no_grad():
         generator = torch.Generator(prior.device).manual_seed(config.seed)
-        pictures = [render(gaussians, cameras.pick([i]), job.background).rgb for i in range(cameras.n)]
+        pictures = [render(gaussians, cameras.pick([i]), work.background).rgb for i in range(cameras.n)]
         z = torch.cat([prior.encode(picture) for picture in pictures])
         if chosen is None:
-            maps = MAPS[config.mask_text_by](prior, z, config.prompt, job.source_prompt, generator)
+            maps = MAPS[config.mask_text_by](prior, z, config.prompt, work.source_prompt, generator)
         else:
-            maps = attention_maps(prior, z, job.source_prompt, chosen, generator)
+            maps = attention_maps(prior, z, work.source_prompt, chosen, generator)
         measured = measure(gaussians, cameras, maps)
-    what = words if chosen is not None else f"{job.source_prompt!r} to {config.prompt!r}"
+    what = words if chosen is not None else f"{work.source_prompt!r} to {config.prompt!r}"
     return Relevance(measured.values.numpy(), threshold(measured, config.mask_threshold), what)
 
 
-def views(job: Job) -> Cameras:
+def views(work: Work) -> Cameras:
     """At most VIEWS of the run's cameras, evenly chosen."""
     from splatedit.editing import rig_for
     from splatedit.run import cameras_of_edit
 
-    cameras = rig_for(job.gaussians, cameras_of_edit(job)["cameras"], VIEWS, job.prior.image_size, job.up)
+    cameras = rig_for(work.gaussians, cameras_of_edit(work)["cameras"], VIEWS, work.prior.image_size, work.up)
     return cameras.pick(torch.linspace(0, cameras.n - 1, min(VIEWS, cameras.n)).round().long())

@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -48,6 +48,17 @@ LOST = 7.0  # dB to the source below which nothing is left of it
 LESS = "a smaller model, a mask, or close what else uses the memory"
 
 
+class Watch(Protocol):
+    """Somebody who looks on while a run is under way, and may hold it up or end it."""
+
+    def begin(self, work: Work) -> None:
+        """Everything is loaded and settled; the first step comes next."""
+
+    def step(self, step: Step) -> bool:
+        """A step is done; False ends the edit early, as Ctrl-C does. The run waits for the answer."""
+        ...
+
+
 class Outcome(NamedTuple):
     """What a run leaves behind."""
 
@@ -57,7 +68,7 @@ class Outcome(NamedTuple):
     status: int  # DONE, NOT_CHANGED or INTERRUPTED
 
 
-class Job(NamedTuple):
+class Work(NamedTuple):
     """What a run works on once everything is loaded and settled."""
 
     config: Config
@@ -87,19 +98,21 @@ def run(
     console: Console | None = None,
     command: Sequence[str] | None = None,
     resume: str | Path | None = None,
+    watch: Watch | None = None,
 ) -> Outcome:
     """Edit the scene of `config` and write the outputs folder; progress and messages go to `console` (stderr).
 
     command: the words that started the run, for cmd.txt. resume: the folder of a run that was cut off (or a checkpoint
-    in it), to go on there; `checkpoints.FREE` says what of `config` may have changed. A KeyboardInterrupt after the
-    first step ends the edit early and everything is written; before it, nothing is left behind. Raises InputError for a
-    mistake in the settings, the scene, or a model that is not there, all before the first picture is drawn.
+    in it), to go on there; `checkpoints.FREE` says what of `config` may have changed. watch: looks on, see `Watch`. A
+    KeyboardInterrupt after the first step ends the edit early and everything is written; before it, nothing is left
+    behind. Raises InputError for a mistake in the settings, the scene, or a model that is not there, all before the
+    first picture is drawn.
     """
     from splatedit import mask_settings
 
     console = console or Console(stderr=True, highlight=False, soft_wrap=True)
     started, clock = datetime.now().astimezone(), time.perf_counter()
-    check_job(config, resume)
+    check_run(config, resume)
     with working_folder(config, resume, console) as folder:
         from splatedit.files import sha256
 
@@ -112,14 +125,16 @@ def run(
         save_config(config, folder / "config.yaml")
         with open(folder / "cmd.txt", "a", encoding="utf-8") as stream:
             stream.write(shlex.join(command or sys.argv) + "\n")
-        job = prepare(config, console, saved)._replace(folder=folder, saved=saved, sha256=digest)
-        job = job._replace(mask=mask_settings.of(job, console))
+        work = prepare(config, console, saved)._replace(folder=folder, saved=saved, sha256=digest)
+        work = work._replace(mask=mask_settings.of(work, console))
         if saved is not None:
-            check_cameras(saved, head(job)["cameras"])
-        keeper = Keeper(folder / CHECKPOINT, head(job), config.checkpoint_every, partial(warn, console))
+            check_cameras(saved, head(work)["cameras"])
+        keeper = Keeper(folder / CHECKPOINT, head(work), config.checkpoint_every, partial(warn, console))
+        if watch is not None:
+            watch.begin(work)
         with kept(folder, console):
-            job, log = within_memory(job, console, keeper)
-            record = write(job, console, folder, log, keeper)
+            work, log = within_memory(work, console, keeper, watch)
+            record = write(work, console, folder, log, keeper)
             record["started"] = started.isoformat(timespec="seconds")
             record["wall_seconds"] = time.perf_counter() - clock
             write_json(record, folder / "run.json")
@@ -127,7 +142,7 @@ def run(
 
 
 # ---------------------------------------------------------------------------------------------------------- beforehand
-def check_job(config: Config, resume: str | Path | None = None) -> None:
+def check_run(config: Config, resume: str | Path | None = None) -> None:
     """Raise InputError for what can be told to be wrong with a run before anything is loaded or made."""
     from splatedit import mask_settings
     from splatedit.priors import check_prior
@@ -192,17 +207,17 @@ def kept(folder: Path, console: Console) -> Iterator[None]:
         raise
 
 
-def head(job: Job) -> dict[str, Any]:
+def head(work: Work) -> dict[str, Any]:
     """What every checkpoint of a run holds beside the state of the edit."""
     from splatedit.source_cache import digest
 
     return {
-        "config": asdict(job.config),
-        "sha256": job.sha256,
-        "source_prompt": job.source_prompt,
-        "origin": job.origin,
-        "up": job.up,
-        "cameras": None if job.capture is None else digest(*cameras_of_edit(job)["cameras"]),
+        "config": asdict(work.config),
+        "sha256": work.sha256,
+        "source_prompt": work.source_prompt,
+        "origin": work.origin,
+        "up": work.up,
+        "cameras": None if work.capture is None else digest(*cameras_of_edit(work)["cameras"]),
         "versions": versions(),
     }
 
@@ -211,7 +226,7 @@ def warn(console: Console, line: str) -> None:
     console.print(f"[bold yellow]Warning:[/] {escape(line)}")
 
 
-def prepare(config: Config, console: Console, saved: dict[str, Any] | None = None) -> Job:
+def prepare(config: Config, console: Console, saved: dict[str, Any] | None = None) -> Work:
     """Load the scene and the model and settle source prompt and up axis (those of `saved`, if given); or InputError."""
     from splatedit.editing import resolve_device
     from splatedit.files import load, sidecar
@@ -230,23 +245,23 @@ def prepare(config: Config, console: Console, saved: dict[str, Any] | None = Non
     console.print(escape(f"{gaussians.n:,} splats from {config.scene}, model {prior.name}, on {device}"))
     if line := introduce(config.scene):
         console.print(escape(line))
-    job = Job(config, gaussians, prior, "", "none", config.up or beside.up, capture)
+    work = Work(config, gaussians, prior, "", "none", config.up or beside.up, capture)
     if saved is not None:
-        job = job._replace(source_prompt=saved["source_prompt"], origin=saved["origin"], up=saved["up"])
+        work = work._replace(source_prompt=saved["source_prompt"], origin=saved["origin"], up=saved["up"])
     elif config.source_prompt is not None:
-        job = job._replace(source_prompt=config.source_prompt, origin="option")
+        work = work._replace(source_prompt=config.source_prompt, origin="option")
     elif beside.source_prompt is not None:
-        job = job._replace(source_prompt=beside.source_prompt, origin="sidecar")
+        work = work._replace(source_prompt=beside.source_prompt, origin="sidecar")
     elif (shown := shows(config.scene)) is not None:
-        job = job._replace(source_prompt=shown, origin="history")
+        work = work._replace(source_prompt=shown, origin="history")
     elif prior.vocabulary is not None:
-        job = job._replace(source_prompt=ask_prior(job, console), origin="model")
+        work = work._replace(source_prompt=ask_prior(work, console), origin="model")
     else:
         console.print(
             "[bold yellow]No source prompt:[/] the scene has no sidecar and this model no list of prompts to try, so "
             "the empty prompt is used. --source-prompt usually gives a much better edit."
         )
-    prior.text([job.source_prompt])
+    prior.text([work.source_prompt])
     said = {
         "option": "as given",
         "sidecar": f"from {Path(config.scene).with_suffix('.yaml').name}",
@@ -254,8 +269,10 @@ def prepare(config: Config, console: Console, saved: dict[str, Any] | None = Non
         "model": "found by the model; --source-prompt overrides it",
         "none": "empty",
     }
-    console.print(escape(f"from {job.source_prompt!r} ({said[job.origin]}) to {config.prompt!r}, by {config.guidance}"))
-    return job
+    console.print(
+        escape(f"from {work.source_prompt!r} ({said[work.origin]}) to {config.prompt!r}, by {config.guidance}")
+    )
+    return work
 
 
 def find_views(config: Config, gaussians: Gaussians, console: Console) -> Capture | None:
@@ -271,70 +288,70 @@ def find_views(config: Config, gaussians: Gaussians, console: Console) -> Captur
     return capture
 
 
-def ask_prior(job: Job, console: Console) -> str:
+def ask_prior(work: Work, console: Console) -> str:
     """The prompt of the model's vocabulary that explains a few views of the scene best."""
     import torch
 
     from splatedit.priors import find_prompt
     from splatedit.render import render
 
-    prior = job.prior
-    views = views_of_model(job, VIEWS // 2)
+    prior = work.prior
+    views = views_of_model(work, VIEWS // 2)
     with console.status("asking the model what the scene shows"), torch.no_grad():
-        images = render(job.gaussians.to(prior.device), views, job.background).rgb
-        generator = torch.Generator(prior.device).manual_seed(job.config.seed)
+        images = render(work.gaussians.to(prior.device), views, work.background).rgb
+        generator = torch.Generator(prior.device).manual_seed(work.config.seed)
         prompt, _ = find_prompt(prior, prior.encode(images), generator)
     return prompt
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
-def within_memory(job: Job, console: Console, keeper: Keeper) -> tuple[Job, Log]:
+def within_memory(work: Work, console: Console, keeper: Keeper, watch: Watch | None = None) -> tuple[Work, Log]:
     """The log of `optimise`; out of memory, once, it goes on from the last checkpoint with the next smaller settings.
 
     Raises OutOfMemory if that is not enough, or there are none.
     """
     try:
-        return job, optimise(job, console, keeper)
+        return work, optimise(work, console, keeper, watch)
     except Exception as error:
         if not vram.out_of_memory(error):
             raise
-        reason, room = first_line(error), vram.room(job.prior.device)
-        smaller = vram.step_down(asdict(job.config), room)
+        reason, room = first_line(error), vram.room(work.prior.device)
+        smaller = vram.step_down(asdict(work.config), room)
         if smaller is None:
             raise OutOfMemory(f"out of memory ({reason}), with the smallest settings already; {LESS}.") from error
     # Only here has the exception let go of what the step had made.
     vram.release()
-    job, fact = stepped_down(job, smaller, keeper, console)
+    work, fact = stepped_down(work, smaller, keeper, console)
     try:
-        log = optimise(job, console, keeper)
+        log = optimise(work, console, keeper, watch)
     except Exception as error:
         if not vram.out_of_memory(error):
             raise
         found = f"out of memory again ({first_line(error)}), with --vram {smaller.vram}"
         raise OutOfMemory(f"{found}; try a smaller --vram with --resume, or {LESS}.") from error
     log.stepped_down = fact
-    return job, log
+    return work, log
 
 
-def stepped_down(job: Job, smaller: vram.Smaller, keeper: Keeper, console: Console) -> tuple[Job, dict[str, Any]]:
-    """The job with smaller settings at its last checkpoint, and what run.json says of it."""
-    config = replace(job.config, **smaller.changes)
+def stepped_down(work: Work, smaller: vram.Smaller, keeper: Keeper, console: Console) -> tuple[Work, dict[str, Any]]:
+    """The work with smaller settings at its last checkpoint, and what run.json says of it."""
+    config = replace(work.config, **smaller.changes)
     saved = read_checkpoint(keeper.path) if keeper.path.exists() else None
     done = saved["step"] if saved else 0
     said = ", ".join(f"{k}={json.dumps(v)}" for k, v in smaller.changes.items() if k != "vram")
     warn(console, f"out of memory; going on after {done} steps as with --vram {smaller.vram}: {said}.")
-    job.prior.save_memory(savings(config))
-    job = job._replace(config=config, saved=saved)
-    keeper.head = head(job)
+    work.prior.save_memory(savings(config))
+    work = work._replace(config=config, saved=saved)
+    keeper.head = head(work)
     save_config(config, keeper.path.parent.parent / "config.yaml")
-    return job, {"after_steps": done, **smaller.changes}
+    return work, {"after_steps": done, **smaller.changes}
 
 
-def optimise(job: Job, console: Console, keeper: Keeper) -> Log:
+def optimise(work: Work, console: Console, keeper: Keeper, watch: Watch | None = None) -> Log:
     """Run the edit under a progress bar; Ctrl-C after the first step ends it early and keeps what is done."""
     from splatedit import editing
 
-    config, saved = job.config, job.saved
+    config, saved = work.config, work.saved
     log = Log(**saved["log"]) if saved else Log()
     done, spent, now = len(log.loss), log.wall, time.perf_counter()
     if saved is not None:
@@ -343,17 +360,19 @@ def optimise(job: Job, console: Console, keeper: Keeper) -> Log:
         if done == config.steps:
             return log  # edited.ply was written before that checkpoint
     steps = editing.edit(
-        job.gaussians, config.prompt, job.source_prompt, model=job.prior, up=job.up, resume=saved, **options(job)
+        work.gaussians, config.prompt, work.source_prompt, model=work.prior, up=work.up, resume=saved, **options(work)
     )
     with progress_bar(console, config.steps) as show, patience() as stop:
         try:
             for step in steps:
                 log.add(step, -now + (now := time.perf_counter()))
                 show(step, (log.wall - spent) / (len(log.loss) - done))
-                warn_early(console, step, job.inside)
+                warn_early(console, step, work.inside)
                 stop.armed = True
                 if keeper.due(step.index + 1) and step.index + 1 < config.steps:
                     keeper.write(log)
+                if watch is not None and not watch.step(step):
+                    stop.asked = True
                 if stop.asked:
                     break
         except KeyboardInterrupt:
@@ -372,15 +391,15 @@ def optimise(job: Job, console: Console, keeper: Keeper) -> Log:
     return log
 
 
-def options(job: Job) -> dict[str, Any]:
+def options(work: Work) -> dict[str, Any]:
     """The settings that `edit` takes, under its names and in its types."""
     from splatedit.growth import Growth
     from splatedit.scenes import Hold, Rates
     from splatedit.tuning import Tuning
 
-    config = job.config
+    config = work.config
     begin, end = config.grow_range
-    most = vram.cap(asdict(config), job.gaussians.n)
+    most = vram.cap(asdict(config), work.gaussians.n)
     growth = Growth(config.grow_percent, config.grow_every, (begin, end), most, config.prune_opacity)
     same = (
         "guidance",
@@ -400,11 +419,13 @@ def options(job: Job) -> dict[str, Any]:
     same += ("final_rate", "average_last", "supersample", "neighbours", "device", "offline")
     return {
         **{k: getattr(config, k) for k in same},
-        "cache_dir": str(job.folder / "source_cache") if config.cache_dir == "run" and job.folder else config.cache_dir,
-        **cameras_of_edit(job),
+        "cache_dir": str(work.folder / "source_cache")
+        if config.cache_dir == "run" and work.folder
+        else config.cache_dir,
+        **cameras_of_edit(work),
         "t_range": (config.t_range[0], config.t_range[1]),
-        "background": job.background,
-        "mask": job.mask,
+        "background": work.background,
+        "mask": work.mask,
         "hold": Hold(config.anchor, config.outside),
         "growth": growth,
         "tuning": Tuning(**{k: getattr(config, k) for k in Tuning._fields}),
@@ -419,11 +440,11 @@ def savings(config: Config) -> Savings:
     return Savings(**{k: getattr(config, k) for k in Savings._fields})
 
 
-def cameras_of_edit(job: Job) -> dict[str, Any]:
+def cameras_of_edit(work: Work) -> dict[str, Any]:
     """`cameras`, and `views` if the settings say how many."""
-    if job.capture is not None:
-        return {"cameras": job.capture.square(job.capture.edit, job.prior.image_size)}
-    name, views = rig(job.config.cameras)
+    if work.capture is not None:
+        return {"cameras": work.capture.square(work.capture.edit, work.prior.image_size)}
+    name, views = rig(work.config.cameras)
     return {"cameras": name} if views is None else {"cameras": name, "views": views}
 
 
@@ -475,24 +496,24 @@ def warn_early(console: Console, step: Step, inside: float = 1.0) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- afterwards
-def write(job: Job, console: Console, folder: Path, log: Log, keeper: Keeper) -> dict[str, Any]:
+def write(work: Work, console: Console, folder: Path, log: Log, keeper: Keeper) -> dict[str, Any]:
     """Write everything but run.json, the edited splats first; return what run.json shall hold."""
     from splatedit.report import write_report
 
-    raw, edited, lost = write_splats(job, folder, log)
+    raw, edited, lost = write_splats(work, folder, log)
     if log.last is not None and log.whole:
         keeper.write(log)
-    record, report, regions, pictures = facts(job, log), None, {}, []
+    record, report, regions, pictures = facts(work, log), None, {}, []
     if log.rows is not None:
         console.print(f"{record['splats_added']:,} splats added, {record['splats_removed']:,} removed")
     number = None
     try:
-        number = remember(job, folder, log, record, console)
+        number = remember(work, folder, log, record, console)
         with console.status("measuring the change"):
-            report = measure(job, raw, log.rows)
+            report = measure(work, raw, log.rows)
         with console.status("drawing"):
-            pictures, pixels = draw_pairs(job, folder, edited)
-        regions = measure_regions(job, edited, log.rows, pixels)
+            pictures, pixels = draw_pairs(work, folder, edited)
+        regions = measure_regions(work, edited, log.rows, pixels)
     except KeyboardInterrupt:  # the splats are safe; the pictures are given up
         console.print("[bold yellow]Interrupted[/] while writing: the report and pictures not yet done are left out.")
     interrupted = log.interrupted or not pictures
@@ -503,7 +524,7 @@ def write(job: Job, console: Console, folder: Path, log: Log, keeper: Keeper) ->
     record["change"] = report.as_dict() if report else None
     record["network_evaluations"] = {
         "edit": log.evaluations,
-        "all": job.prior.evaluations,
+        "all": work.prior.evaluations,
         "backward": log.backwards,
     }
     record["source_cache"] = log.cache
@@ -511,20 +532,20 @@ def write(job: Job, console: Console, folder: Path, log: Log, keeper: Keeper) ->
     metrics = {
         "change": record["change"],
         "regions": regions,
-        "views": views_of_report(job, report) if report else [],
+        "views": views_of_report(work, report) if report else [],
         "pictures": pictures,
         "curve": curve(log),
     }
     write_json(metrics, folder / "metrics.json")
     history = note(folder, number, record) if number else []
     if pictures:
-        write_report(record, metrics, job.config, folder, history)
+        write_report(record, metrics, work.config, folder, history)
     if report:
-        tell(console, report, job.config.prompt, min(VIEWS, len(job.capture.report)) if job.capture else VIEWS)
+        tell(console, report, work.config.prompt, min(VIEWS, len(work.capture.report)) if work.capture else VIEWS)
     return record
 
 
-def write_splats(job: Job, folder: Path, log: Log) -> tuple[Gaussians, Gaussians, int]:
+def write_splats(work: Work, folder: Path, log: Log) -> tuple[Gaussians, Gaussians, int]:
     """Write edited.ply; return the splats as they came out of the edit, as they were written, and how many differ.
 
     If all steps had been taken before this run was resumed, the file is there, and is read.
@@ -535,18 +556,18 @@ def write_splats(job: Job, folder: Path, log: Log) -> tuple[Gaussians, Gaussians
         edited = load(folder / "edited.ply")
         return edited, edited, 0
     raw, log.rows = without_lost(log.last.gaussians.to("cpu"), log.rows)
-    edited, lost = mend(raw, job.gaussians, log.rows)
-    save(edited._replace(comments=(*job.gaussians.comments, signature(job))), folder / "edited.ply")
+    edited, lost = mend(raw, work.gaussians, log.rows)
+    save(edited._replace(comments=(*work.gaussians.comments, signature(work))), folder / "edited.ply")
     return raw, edited, lost
 
 
-def remember(job: Job, folder: Path, log: Log, record: dict[str, Any], console: Console) -> int | None:
+def remember(work: Work, folder: Path, log: Log, record: dict[str, Any], console: Console) -> int | None:
     """Record the edit in the history of edited.ply, on top of the scene's own; return its number, if that works."""
     from splatedit.stack import push
 
-    facts = {**record, "config": asdict(job.config)}
+    facts = {**record, "config": asdict(work.config)}
     try:
-        return push(folder / "edited.ply", job.gaussians, log.rows, facts, scene=job.config.scene).number
+        return push(folder / "edited.ply", work.gaussians, log.rows, facts, scene=work.config.scene).number
     except (InputError, OSError) as error:
         warn(console, f"{error} So this edit cannot be undone; edited.ply is complete all the same.")
         return None
@@ -587,52 +608,52 @@ def mend(edited: Gaussians, source: Gaussians, rows: Tensor | None = None) -> tu
     return edited._replace(**fixed), int(bad.sum())
 
 
-def signature(job: Job) -> str:
+def signature(work: Work) -> str:
     """One line for the header of edited.ply. No time of day: the same run gives the same file."""
-    config = job.config
-    how = f"{config.guidance}, {job.prior.name}, {config.steps} steps, seed {config.seed}"
-    return f"splatedit {__version__}: {job.source_prompt!r} to {config.prompt!r}, {how}"
+    config = work.config
+    how = f"{config.guidance}, {work.prior.name}, {config.steps} steps, seed {config.seed}"
+    return f"splatedit {__version__}: {work.source_prompt!r} to {config.prompt!r}, {how}"
 
 
-def measure(job: Job, edited: Gaussians, rows: Tensor | None) -> Report:
+def measure(work: Work, edited: Gaussians, rows: Tensor | None) -> Report:
     """The change report over views held out, or of a rig such that lie between those of the pictures."""
     from splatedit.cameras import bounds
     from splatedit.metrics import change_report
 
-    source, prior = job.gaussians, job.prior
+    source, prior = work.gaussians, work.prior
     return change_report(
         source.to(prior.device),
         edited.to(prior.device),
         prior,
-        views_of_model(job, VIEWS, azimuth=180 / VIEWS),
-        job.config.prompt,
-        job.source_prompt,
+        views_of_model(work, VIEWS, azimuth=180 / VIEWS),
+        work.config.prompt,
+        work.source_prompt,
         bounds(source).radius,
-        seed=job.config.seed,
-        background=job.background,
+        seed=work.config.seed,
+        background=work.background,
         rows=rows,
-        inside=job.inside,
+        inside=work.inside,
     )
 
 
 def measure_regions(
-    job: Job, edited: Gaussians, rows: Tensor | None, pixels: dict[str, PixelChange]
+    work: Work, edited: Gaussians, rows: Tensor | None, pixels: dict[str, PixelChange]
 ) -> dict[str, dict[str, Any]]:
     """What metrics.json says of the whole scene and, with a mask, of its inside and outside."""
     from splatedit.cameras import bounds
     from splatedit.regions import as_dicts, splat_changes
 
-    radius = bounds(job.gaussians).radius
-    return as_dicts(splat_changes(job.gaussians, edited.to("cpu"), radius, rows, job.mask), pixels)
+    radius = bounds(work.gaussians).radius
+    return as_dicts(splat_changes(work.gaussians, edited.to("cpu"), radius, rows, work.mask), pixels)
 
 
-def views_of_report(job: Job, report: Report) -> list[dict[str, Any]]:
+def views_of_report(work: Work, report: Report) -> list[dict[str, Any]]:
     """What metrics.json says of each view of the change report."""
-    names = view_names(job, len(report.views), azimuth=180 / VIEWS)
+    names = view_names(work, len(report.views), azimuth=180 / VIEWS)
     return [{"view": name, **numbers} for name, numbers in zip(names, report.view_dicts(), strict=True)]
 
 
-def draw_pairs(job: Job, folder: Path, edited: Gaussians) -> tuple[list[dict[str, Any]], dict[str, PixelChange]]:
+def draw_pairs(work: Work, folder: Path, edited: Gaussians) -> tuple[list[dict[str, Any]], dict[str, PixelChange]]:
     """Write renders/*.png, before and after, and turntable.mp4.
 
     Returns what metrics.json says of each pair, its paths within the folder, and how all pairs changed, by region.
@@ -641,79 +662,79 @@ def draw_pairs(job: Job, folder: Path, edited: Gaussians) -> tuple[list[dict[str
     from splatedit.regions import pixel_changes
     from splatedit.scenes import marked
 
-    both = job.gaussians.to(job.prior.device), edited.to(job.prior.device)
-    cameras, turn = views_of_pictures(job)
-    before, after = (list(media.draw(g, cameras, job.background)) for g in both)
-    inside = None if job.mask is None else list(media.draw(marked(both[0], job.mask), cameras, (0.0, 0.0, 0.0)))
+    both = work.gaussians.to(work.prior.device), edited.to(work.prior.device)
+    cameras, turn = views_of_pictures(work)
+    before, after = (list(media.draw(g, cameras, work.background)) for g in both)
+    inside = None if work.mask is None else list(media.draw(marked(both[0], work.mask), cameras, (0.0, 0.0, 0.0)))
     together, each = pixel_changes(before, after, inside)
     (folder / "renders").mkdir(exist_ok=True)
     pictures = []
-    for index, name in enumerate(view_names(job, cameras.n)):
+    for index, name in enumerate(view_names(work, cameras.n)):
         paths = {when: f"renders/{index:02d}_{when}.png" for when in ("before", "after")}
         media.save_png(before[index], folder / paths["before"])
         media.save_png(after[index], folder / paths["after"])
         pictures.append({"view": name, **paths, **{region: c._asdict() for region, c in each[index].items()}})
     media.save_png(media.sheet([*before, *after], cameras.n), folder / "renders" / "sheet.png")
-    film = media.beside(*(media.draw(g, turn, job.background) for g in both))
+    film = media.beside(*(media.draw(g, turn, work.background) for g in both))
     media.save_frames(film, folder / "turntable.mp4", max(FPS * turn.n / FRAMES, 2))
     return pictures, together
 
 
-def views_of_model(job: Job, count: int, azimuth: float = 0.0) -> Cameras:
+def views_of_model(work: Work, count: int, azimuth: float = 0.0) -> Cameras:
     """Square views that the model is asked about: of the file's, at most `count` of those held out, else an orbit."""
     from splatedit.cameras import orbit
     from splatedit.captures import spread
 
-    size = job.prior.image_size
-    if job.capture is not None:
-        return job.capture.square(spread(job.capture.report, count), size)
-    return orbit(job.gaussians, count, elevation=ELEVATION, azimuth=azimuth, size=size, up=job.up)
+    size = work.prior.image_size
+    if work.capture is not None:
+        return work.capture.square(spread(work.capture.report, count), size)
+    return orbit(work.gaussians, count, elevation=ELEVATION, azimuth=azimuth, size=size, up=work.up)
 
 
-def view_names(job: Job, count: int, azimuth: float = 0.0) -> list[str]:
+def view_names(work: Work, count: int, azimuth: float = 0.0) -> list[str]:
     """What `count` views of the report or the pictures are called: the file's names, or angles."""
     from splatedit.captures import spread
 
-    if job.capture is not None:
-        return [view.name for view in spread(job.capture.report, count)]
+    if work.capture is not None:
+        return [view.name for view in spread(work.capture.report, count)]
     return [f"{azimuth + 360 * index / count:g}° around" for index in range(count)]
 
 
-def views_of_pictures(job: Job) -> tuple[Cameras, Cameras]:
+def views_of_pictures(work: Work) -> tuple[Cameras, Cameras]:
     """Views of the pairs of pictures, and of the film: a turntable, or along the file's cameras in their own shape."""
     from splatedit.cameras import orbit
     from splatedit.captures import spread
 
-    trained = job.prior.image_size
+    trained = work.prior.image_size
     size = max(trained, min(2 * trained, 512))  # larger than the model saw: shows what it could not see
-    if job.capture is not None:
-        chosen = spread(job.capture.report, VIEWS), spread(job.capture.views, FRAMES)
-        return job.capture.whole(chosen[0], size), job.capture.whole(chosen[1], size)
-    pictures, film = (orbit(job.gaussians, n, elevation=ELEVATION, size=size, up=job.up) for n in (VIEWS, FRAMES))
+    if work.capture is not None:
+        chosen = spread(work.capture.report, VIEWS), spread(work.capture.views, FRAMES)
+        return work.capture.whole(chosen[0], size), work.capture.whole(chosen[1], size)
+    pictures, film = (orbit(work.gaussians, n, elevation=ELEVATION, size=size, up=work.up) for n in (VIEWS, FRAMES))
     return pictures, film
 
 
-def facts(job: Job, log: Log) -> dict[str, Any]:
+def facts(work: Work, log: Log) -> dict[str, Any]:
     """What run.json says of the run itself."""
     from splatedit.cameras import guess_up
     from splatedit.metrics import count_rows
 
-    config, prior, done = job.config, job.prior, len(log.loss)
-    added, removed = count_rows(log.rows, job.gaussians.n)
+    config, prior, done = work.config, work.prior, len(log.loss)
+    added, removed = count_rows(log.rows, work.gaussians.n)
     scale = prior.default_scale(config.guidance) if config.guidance_scale is None else config.guidance_scale
     return {
         "scene": config.scene,
-        "sha256": job.sha256,
-        "splats": job.gaussians.n,
-        "splats_that_may_change": job.gaussians.n if job.mask is None else int(job.mask.sum()),
+        "sha256": work.sha256,
+        "splats": work.gaussians.n,
+        "splats_that_may_change": work.gaussians.n if work.mask is None else int(work.mask.sum()),
         "splats_added": added,
         "splats_removed": removed,
-        "sh_degree": job.gaussians.sh_degree,
-        "up": job.up or guess_up(job.gaussians),
-        "cameras": seen_from(job),
+        "sh_degree": work.gaussians.sh_degree,
+        "up": work.up or guess_up(work.gaussians),
+        "cameras": seen_from(work),
         "prompt": config.prompt,
-        "source_prompt": job.source_prompt,
-        "source_prompt_from": job.origin,
+        "source_prompt": work.source_prompt,
+        "source_prompt_from": work.origin,
         "model": prior.name,
         "guidance": config.guidance,
         "guidance_scale": scale,
@@ -730,23 +751,23 @@ def facts(job: Job, log: Log) -> dict[str, Any]:
     }
 
 
-def seen_from(job: Job) -> dict[str, Any]:
+def seen_from(work: Work) -> dict[str, Any]:
     """What run.json says of the cameras: where from, how many to edit from and held out, and what they see."""
     from splatedit.captures import MOST
 
-    if job.capture is None:
-        name, views = rig(job.config.cameras)
+    if work.capture is None:
+        name, views = rig(work.config.cameras)
         return {"from": name, "edit": views or MOST, "held_out": 0}
-    file = job.capture.file
+    file = work.capture.file
     return {
         "from": str(file.path),
         "kind": file.kind,
-        "edit": len(job.capture.edit),
-        "held_out": job.capture.held_out,
+        "edit": len(work.capture.edit),
+        "held_out": work.capture.held_out,
         "missing_pictures": file.missing,
-        "scene_in_view": job.capture.seen,
-        "like_the_photographs": job.capture.alike,
-        "world": job.capture.world or "as in the file",
+        "scene_in_view": work.capture.seen,
+        "like_the_photographs": work.capture.alike,
+        "world": work.capture.world or "as in the file",
     }
 
 

@@ -20,7 +20,7 @@ from splatedit.errors import InputError
 from splatedit.mask_run import HIGHLIGHT, highlight
 from splatedit.mask_settings import build, of
 from splatedit.masks import Box, Indices, Relevance, Sphere
-from splatedit.run import Job, run
+from splatedit.run import Work, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,7 +103,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
 
 def job_of(scene_file, *words, folder=None):
     config = load_config(options={"scene": str(scene_file)}, words=words)
-    return Job(config, files.load(scene_file), None, "", "none", None, folder=folder)
+    return Work(config, files.load(scene_file), None, "", "none", None, folder=folder)
 
 
 def quiet():
@@ -125,11 +125,11 @@ def test_masks_hold_together_then_grow_then_turn_round(scene_file, cloud):
 
 
 def test_the_mask_is_kept_with_the_run_and_taken_from_there(scene_file, cloud, tmp_path):
-    job = job_of(scene_file, "mask_rule=x < 0.5", folder=tmp_path)
-    chosen = of(job, quiet())
+    work = job_of(scene_file, "mask_rule=x < 0.5", folder=tmp_path)
+    chosen = of(work, quiet())
     assert mask_files.load(tmp_path / "mask.json")(cloud).equal(chosen)
     mask_files.save(Indices([7]), tmp_path / "mask.json")  # as a run that is resumed finds it
-    assert of(job, quiet()).nonzero()[:, 0].tolist() == [7]
+    assert of(work, quiet()).nonzero()[:, 0].tolist() == [7]
 
 
 def test_a_mask_of_everything_is_said(scene_file):

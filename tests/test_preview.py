@@ -42,7 +42,7 @@ def test_one_labelled_sheet_is_written_and_its_path_is_the_last_line(call, words
 def test_what_may_not_change_is_shown_as_it_is(call, words, monkeypatch):
     seen = {}
 
-    def keep(job, views, after, *more):
+    def keep(work, views, after, *more):
         seen.update(views=views, after=after)
         return Path("a.png")
 
@@ -119,11 +119,11 @@ def test_views_lie_far_apart(cloud):
 
 
 def test_the_hint_fits_what_happened():
-    job = SimpleNamespace(config=SimpleNamespace(prompt="a pig", scene="my cat.ply"), source_prompt="a cat")  # pyright: ignore
-    assert advice(["changed"] * 4, 4, job) == "" and advice(["changed", "unchanged"], 2, job) == ""
-    assert "splatedit diagnose 'my cat.ply' 'a pig'" in advice(["changed"] * 4, 2, job)
-    assert "ONLY NOISE" in advice(["noise"] * 3 + ["unchanged"], 4, job)
-    assert "NOTHING CHANGED: try more --steps" in advice(["unchanged"] * 4, 0, job)
+    work = SimpleNamespace(config=SimpleNamespace(prompt="a pig", scene="my cat.ply"), source_prompt="a cat")  # pyright: ignore
+    assert advice(["changed"] * 4, 4, work) == "" and advice(["changed", "unchanged"], 2, work) == ""
+    assert "splatedit diagnose 'my cat.ply' 'a pig'" in advice(["changed"] * 4, 2, work)
+    assert "ONLY NOISE" in advice(["noise"] * 3 + ["unchanged"], 4, work)
+    assert "NOTHING CHANGED: try more --steps" in advice(["unchanged"] * 4, 0, work)
 
 
 def test_preview_takes_the_options_of_run():

@@ -45,7 +45,7 @@ LIBRARIES: dict[str, str] = {
     "av": "",
     "rich": "",
     "peft": 'for --guidance vsd: pip install "splatedit[vsd]"',
-    "viser": 'for the live viewer: pip install "splatedit[viewer]"',
+    "viser": "",
     "zstandard": 'for .spz files of version 4: pip install "splatedit[spz]"',
     "matplotlib": 'for splatedit diagnose: pip install "splatedit[notebook]"',
 }

@@ -25,6 +25,23 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium, one for the whole session: two synchronous playwrights in a process break each other."""
+    import shutil
+
+    driver = pytest.importorskip("playwright.sync_api")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("needs Chromium")
+    quiet = "--disable-background-networking --disable-component-update --disable-sync --disable-quic --no-first-run"
+    with driver.sync_playwright() as play:
+        flags = ["--no-sandbox", "--disable-gpu", *quiet.split()]  # as root in a container, without a GPU
+        running = play.chromium.launch(executable_path=program, args=flags)
+        yield running
+        running.close()
+
+
 @pytest.fixture
 def one_thread():
     """Small tensors: handing work between threads costs more than it saves."""

@@ -58,7 +58,7 @@ def test_packages_that_are_broken_missing_or_crash_are_lines(stubs):
         diffusers="import nothing_of_that_name",
         transformers="import os; os.abort()",
         safetensors="raise SystemExit(5)",
-        viser="raise ModuleNotFoundError(\"No module named 'viser'\", name='viser')",
+        matplotlib="raise ModuleNotFoundError(\"No module named 'matplotlib'\", name='matplotlib')",
         peft="raise OSError('libcudart.so.12: cannot open shared object file')",
     )
     found = {check.name: check for check in module.check_libraries()}
@@ -68,7 +68,8 @@ def test_packages_that_are_broken_missing_or_crash_are_lines(stubs):
     assert found["diffusers"].state == FAILS and "nothing_of_that_name" in found["diffusers"].found
     assert found["transformers"].state == FAILS and "it crashed (SIGABRT)" in found["transformers"].found
     assert found["safetensors"].state == FAILS and "it ended with status 5" in found["safetensors"].found
-    assert found["viser"] == Check("viser", OK, 'not installed; for the live viewer: pip install "splatedit[viewer]"')
+    advice = 'not installed; for splatedit diagnose: pip install "splatedit[notebook]"'
+    assert found["matplotlib"] == Check("matplotlib", OK, advice)
     assert found["peft"].state == WARNING and "libcudart.so.12" in found["peft"].found
     for name in ("numpy", "pyyaml", "pillow", "rich", "zstandard"):
         assert found[name].state == OK, "those after a crash are looked at, too"

@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shlex
-import shutil
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -479,18 +478,6 @@ def test_column_means_of_uneven_rows():
 
 
 # ------------------------------------------------------------------------------------------------------------ a browser
-@pytest.fixture
-def browser():
-    driver = pytest.importorskip("playwright.sync_api")
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("needs Chromium")
-    with driver.sync_playwright() as play:
-        running = play.chromium.launch(executable_path=program, args=["--no-sandbox"])  # as root in a container
-        yield running
-        running.close()
-
-
 def shade(view, box, x):
     """The mean of a strip of the picture in view, at a share of its width."""
     image = np.asarray(Image.open(io.BytesIO(view.screenshot())).convert("L"))

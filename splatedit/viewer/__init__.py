@@ -1,0 +1,1 @@
+"""The live viewer, by viser: `splatedit view`, `splatedit run --viewer`, `gaussians.show()`."""

@@ -18,7 +18,7 @@ from splatedit.errors import InputError, Lost
 from splatedit.fpr import FPR
 from splatedit.gaussians import Gaussians
 from splatedit.growth import Grower, Growth
-from splatedit.metrics import psnr
+from splatedit.metrics import CHANGED, psnr
 from splatedit.render import Rendering
 from splatedit.scenes import Hold, Rates, Splats
 from splatedit.tuning import Tuning
@@ -44,6 +44,7 @@ class Step(NamedTuple):
     backwards: int = 0  # network rows through which gradients were sent back so far
     rows: Tensor | None = None  # (m,) source row that each one continues, -1 if it was added; None: all as they were
     cache: Mapping[str, int] = {}  # of the source cache so far: hits, filled, read, dropped; empty if it is off
+    pull: Tensor | None = None  # (m,) how hard this step pulled at each splat, at least 0; see `Splats.feel`
 
 
 class Stopwatch:
@@ -166,6 +167,7 @@ def edit(
         with watch("render"):
             image.backward(upstream)
         with watch("optimise"):
+            scene.feel(CHANGED["means"], CHANGED["color"])  # so the unit is a change that is just visible
             scene.step(index / steps, final_rate)
             if index >= steps * (1 - average_last):
                 scene.average()
@@ -177,6 +179,7 @@ def edit(
             image=image.detach(),
             gaussians=scene.result(),
             rows=scene.rows,
+            pull=scene.pull,
             seconds=watch.seconds,
             evaluations=prior.evaluations,
             backwards=distiller.backwards,

@@ -105,6 +105,7 @@ class Splats:
         self.anchor = hold.anchors(self.source.means)
         self.mean: dict[str, Tensor] | None = None
         self.averaged = 0
+        self.felt = torch.zeros_like(self.parent, dtype=torch.float32)  # (k,), see `feel`
         held = [*self.trained, "means"] if hold.anchor else ["means"]
         began = self.source if mask is None else self.source.select(self.parent)
         self.home = {k: began.parameters[k] for k in held}
@@ -165,6 +166,27 @@ class Splats:
         """How much of each pixel of the source the Gaussians inside the mask make up, (b, 1, h, w) in [0, 1]."""
         return self(views, marked(self.source, self.inside), (0.0, 0.0, 0.0)).rgb[:, :1].clamp(0, 1)
 
+    @torch.no_grad()
+    def feel(self, means: float, color: float) -> None:
+        """Keep how hard the gradients that backward() left pull at each row under edit, for `pull`.
+
+        It is the rms over its three position and three colour gradients, each times a step: means, in scene radii;
+        color, of a picture in [0, 1]. So it says by how much such a step changes what is minimised. Frozen colours
+        count as 0. It follows the rows when these change; halves take what pulled at the whole.
+        """
+        place, paint = (self.parameters[name].grad for name in ("means", "sh0"))
+        total = torch.zeros_like(self.felt)
+        if place is not None:
+            total += (place * (means * self.radius)).square().sum(1)
+        if paint is not None:
+            total += (paint[:, 0] * (color / SH_C0)).square().sum(1)
+        self.felt = (total / 6).sqrt()
+
+    @property
+    def pull(self) -> Tensor:
+        """(n,) what `feel` kept of each Gaussian of the whole scene, at least 0; exactly 0 outside the mask."""
+        return self.felt if self.at is None else self.felt.new_zeros(self.n).index_copy(0, self.at, self.felt)
+
     def step(self, fraction: float, final_rate: float) -> None:
         """One Adam step on the gradients left by backward(); rates fall exponentially to `final_rate` of the first."""
         for group in self.optimizer.param_groups:
@@ -204,6 +226,7 @@ class Splats:
             return new
 
         self.parent, self.added = self.parent[changed.source], self.added[changed.source] | changed.fresh
+        self.felt = self.felt[changed.source]
         self.home = carried(self.home)
         self.mean = None if self.mean is None else carried(self.mean)
         self.settle()
@@ -254,6 +277,7 @@ class Splats:
         blank = torch.zeros_like(parent)
         densify.rearrange(self.parameters, self.optimizer, blank, torch.ones_like(added))
         self.parent, self.added = parent, added
+        self.felt = torch.zeros_like(parent, dtype=torch.float32)
         for k, v in born.items():
             began = self.source.parameters[k][parent[~added]]
             self.home[k] = torch.cat([began, v.to(began)])

@@ -9,8 +9,9 @@ from test_resume import same, saved
 from splatedit.cameras import bounds, dome, orbit
 from splatedit.editing import edit, outside_pull
 from splatedit.errors import InputError
+from splatedit.gaussians import SH_C0
 from splatedit.growth import Growth
-from splatedit.render import render
+from splatedit.render import densify, render
 from splatedit.scenes import Hold, Rates, Splats, nearest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,6 +86,38 @@ def test_the_gradients_inside_are_those_of_the_whole_scene(scene, mask):
     assert torch.equal(whole([0]).rgb, part([0]).rgb)
     for name, parameter in part.parameters.items():
         torch.testing.assert_close(parameter.grad, whole.parameters[name].grad[mask])
+
+
+def test_a_pull_is_the_rms_of_the_gradients_of_places_and_colours_and_nothing_outside(scene, mask):
+    splats = Splats(scene, orbit(scene, 2, size=32), 2.0, ALL, mask=mask, supersample=1)
+    splats([0, 1]).rgb[:, :, :16].square().sum().backward()  # the upper half of the pictures
+    splats.feel(means=0.5, color=0.1)
+    place, paint = splats.parameters["means"].grad, splats.parameters["sh0"].grad[:, 0]
+    expected = torch.cat([place * 0.5 * 2.0, paint / SH_C0 * 0.1], 1).square().mean(1).sqrt()
+    torch.testing.assert_close(splats.pull[mask], expected)
+    assert not splats.pull[~mask].any() and splats.pull.shape == (scene.n,)
+    up = -scene.means[:, 1]
+    assert splats.pull[mask & (up > 0.5)].mean() > 20 * splats.pull[mask & (up < -0.5)].mean()
+
+
+@pytest.mark.parametrize("rates", [ALL, ALL._replace(sh0=0.0), ALL._replace(means=0.0)], ids=["all", "grey", "still"])
+def test_every_step_says_how_hard_it_pulls_at_each_row_it_leaves(rates, scene, mask, prior):
+    steps = list(run(scene, prior, mask, steps=12, growth=GROWTH, rates=rates))
+    first, last = steps[0], steps[-1]
+    assert first.pull.shape == (scene.n,) and first.pull.isfinite().all() and (first.pull >= 0).all()
+    assert (first.pull[mask] > 0).float().mean() > 0.5 and not first.pull[~mask].any()
+    assert len({len(step.pull) for step in steps}) == 2 and len(last.pull) == len(last.rows) == last.gaussians.n
+    assert not last.pull[(last.rows >= 0) & ~mask[last.rows]].any()
+
+
+def test_a_pull_follows_the_rows_that_come_and_go(scene, mask):
+    splats = Splats(scene, orbit(scene, 1, size=32), 1.0, ALL, mask=mask, supersample=1)
+    number = torch.arange(len(splats.parent)).float() + 1
+    splats.felt = number
+    chosen = number > number.max() - 5
+    halved = densify.halve(splats.parameters, splats.optimizer, chosen)
+    splats.follow(halved)
+    assert torch.equal(splats.pull[splats.at], number[halved.source]) and splats.n == scene.n + 5
 
 
 def test_neighbours_are_looked_for_inside_the_mask(scene, mask):

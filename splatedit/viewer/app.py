@@ -81,9 +81,10 @@ class App:
         for each in clients:
             each.add_notification(title, body, color=color, auto_close_seconds=None if color == "red" else 5.0)
 
-    def hotkey(self, label: str, key: str, handler: Callable[[Any], None]) -> None:
-        """A command of the palette (Ctrl+K) that `key` triggers too."""
-        self.server.gui.add_command(label, hotkey=key).on_trigger(self.act(handler))  # type: ignore[arg-type]
+    def hotkey(self, label: str, key: str, handler: Callable[[Any], None], modifier: str | None = None) -> None:
+        """A command of the palette (Ctrl+K) that `key` triggers too; modifier: held with it, as "cmd/ctrl+shift"."""
+        command = self.server.gui.add_command(label, hotkey=key, modifier=modifier)  # type: ignore[arg-type]
+        command.on_trigger(self.act(handler))
 
     def open_file(self, path: Path) -> None:
         """Show another splat file, as source and as current state."""

@@ -156,7 +156,19 @@ class Stack:
 
     def gaussians(self, number: int | None = None) -> Gaussians:
         """The scene as it was after an entry (0: before the first), as it is now without a number."""
-        return scene_of(self._walk(self._current(), self._known(self.at if number is None else number)))
+        return self.named(number).gaussians
+
+    def named(self, number: int | None = None) -> Named:
+        """As `gaussians`, with numbers that a Gaussian keeps through all entries."""
+        state = self._walk(self._current(), self._known(self.at if number is None else number))
+        return Named(scene_of(state), state.ids)
+
+    def weakened(self, strength: float, edit: int | None = None) -> Named:
+        """What `strength` with the same arguments would write, and nothing is written; or InputError."""
+        self._known_file()
+        now, edit = self._weak(strength, edit)
+        state = self._compose(self._current(), now | {edit: float(strength)})
+        return Named(scene_of(state), state.ids)
 
     # ------------------------------------------------------------------------------------------------------ changing
     def undo(self, count: int = 1) -> list[Entry]:
@@ -189,16 +201,7 @@ class Stack:
         Returns the new entry; None if the edit has that strength already. Raises InputError.
         """
         with self._changing():
-            if not 0 <= strength <= 1:
-                raise InputError(
-                    f"{self.path}: strength {strength:g}, expected a number from 0 (before the edit) to 1."
-                )
-            now = strengths(self.done)
-            if not now:
-                raise InputError(f"{self.path}: no edit is done, so there is none to weaken; redo or make one first.")
-            edit = max(now) if edit is None else edit
-            if edit not in now:
-                raise InputError(f"{self.path}: {edit} is not an edit that is done; expected one of {listed(now)}.")
+            now, edit = self._weak(strength, edit)
             if now[edit] == strength:
                 return None
             state = self._current()
@@ -247,6 +250,18 @@ class Stack:
                 f"not in {self.folder.name}), so it is left as it is. Put the file back as it was; or move "
                 f"{self.folder} away to keep the change and begin a new history."
             )
+
+    def _weak(self, strength: float, edit: int | None) -> tuple[dict[int, float], int]:
+        """The strengths there are, and the number of the edit that is meant; raises InputError for a mistake."""
+        if not 0 <= strength <= 1:
+            raise InputError(f"{self.path}: strength {strength:g}, expected a number from 0 (before the edit) to 1.")
+        now = strengths(self.done)
+        if not now:
+            raise InputError(f"{self.path}: no edit is done, so there is none to weaken; redo or make one first.")
+        edit = max(now) if edit is None else edit
+        if edit not in now:
+            raise InputError(f"{self.path}: {edit} is not an edit that is done; expected one of {listed(now)}.")
+        return now, edit
 
     def _known(self, number: int | None) -> int:
         if number is None:

@@ -392,6 +392,24 @@ def test_a_second_run_goes_on_and_needs_nothing_of_the_first(tmp_path):
     )
 
 
+def test_part_strength_can_be_looked_at_before_it_is_written(tmp_path):
+    source = tmp_path / "scene.ply"
+    source.write_bytes(ply(scene()))
+    first = run_on(source, tmp_path / "1", "first")
+    file = run_on(first, tmp_path / "2", "the second", torch.tensor([0, 2, 3, 5, -1, -1]))
+    history, content = Stack.open(file), file.read_bytes()
+    for strength, edit in ((0.4, 1), (0.6, 2), (0.0, 2)):
+        seen = history.weakened(strength, edit)
+        assert file.read_bytes() == content and len(Stack.open(file).entries) == 2
+        history.strength(strength, edit)
+        assert ply(seen.gaussians) == file.read_bytes(), "bit for bit what is written"
+        np.testing.assert_array_equal(seen.ids, history.named().ids)
+        history.undo()
+    assert history.weakened(1.0).ids.tolist() == [0, 2, 3, 5, 6, 7], "kept ones keep their numbers, added ones are new"
+    with pytest.raises(InputError, match="7 is not an edit that is done"):
+        history.weakened(0.5, 7)
+
+
 def test_what_an_edited_file_shows(tmp_path):
     source = tmp_path / "scene.ply"
     source.write_bytes(ply(scene()))

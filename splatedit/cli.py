@@ -13,10 +13,11 @@ import click
 
 from splatedit import __version__
 from splatedit.config import GUIDANCES, KEYS, UPS, Config, colour, load_config
-from splatedit.errors import InputError, LossWarning, OutOfMemory
+from splatedit.errors import ExposedWarning, InputError, LossWarning, OutOfMemory
 
 MISTAKE, CRASH, INTERRUPTED = 2, 1, 130
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a full or failing disk is nobody's mistake
+PLAIN = (LossWarning, ExposedWarning)  # warnings that are for the user, whatever line they come from
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -508,7 +509,8 @@ def main() -> NoReturn:
     """Run the command line; a user's mistake is one line on stderr and exit status 2."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("always", LossWarning)
+            for kind in PLAIN:
+                warnings.simplefilter("always", kind)
             warnings.showwarning = show_warning
             cli.main(prog_name="splatedit", standalone_mode=False)
     except InputError as error:
@@ -532,8 +534,8 @@ def main() -> NoReturn:
 
 
 def show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
-    """One line on stderr: for a loss what is lost, for any other warning where it came from, too."""
-    where = "" if issubclass(category, LossWarning) else f"{filename}:{lineno}: {category.__name__}: "
+    """One line on stderr: for warnings of our own what they say, for any other where it came from, too."""
+    where = "" if issubclass(category, PLAIN) else f"{filename}:{lineno}: {category.__name__}: "
     click.echo(f"splatedit: warning: {where}{' '.join(str(message).split())}", err=True)
 
 

@@ -1,4 +1,4 @@
-"""The one exception a user's mistake raises, and the warning that something is lost."""
+"""The one exception a user's mistake raises, and the warnings that are for the user."""
 
 LONGEST = 1600  # characters of a message
 
@@ -26,3 +26,7 @@ class Lost(InputError):
 
 class LossWarning(UserWarning):
     """A file was written, or read, that does not hold all there was: the message is one line that says what is lost."""
+
+
+class ExposedWarning(UserWarning):
+    """Other machines can reach what is served here: the message is one line that says what they could do."""

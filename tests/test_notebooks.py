@@ -1,0 +1,142 @@
+"""The notebooks: every pair agrees, its outputs are fit to be committed, and the builder sees what is not.
+
+That they run is the business of nbmake: SPLATEDIT_QUICK=1 pytest --nbmake notebooks
+"""
+
+import base64
+import importlib.util
+import io
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from splatedit.sizes import QUICK, size
+
+pytest.importorskip("jupytext")
+nbformat = pytest.importorskip("nbformat")
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+SOURCES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+
+
+@pytest.fixture(scope="module")
+def build():
+    spec = importlib.util.spec_from_file_location("build", FOLDER / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def pair(build, tmp_path):
+    """A notebook of one text and one call, as `build` would have written it."""
+    source = tmp_path / "99_test.py"
+    source.write_text("# %% [markdown]\n# # A title\n\n# %%\nprint(1)\n")
+    png = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(png, "PNG")
+    notebook = build.read(source)
+    notebook.cells[1].execution_count = 1
+    notebook.cells[1].outputs = [
+        nbformat.v4.new_output("stream", name="stdout", text="1\n"),
+        nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(png.getvalue()).decode()}),
+    ]
+    return source, notebook
+
+
+def write(source, notebook):
+    nbformat.write(notebook, source.with_suffix(".ipynb"))
+    return source
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_each_pair_agrees_and_its_outputs_are_fit(build, source):
+    assert list(build.problems(source)) == []
+
+
+def test_all_are_there_small_and_in_the_readme(build):
+    assert len(SOURCES) == len(list(FOLDER.glob("*.ipynb"))) >= 2
+    assert sum(path.stat().st_size for path in FOLDER.glob("*.ipynb")) <= build.LARGEST
+    linked = re.findall(r"\((\d\d_\w+\.ipynb)\)", (FOLDER / "README.md").read_text())
+    assert linked == [source.with_suffix(".ipynb").name for source in SOURCES]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_each_teaches(build, source):
+    """Opens with a title, explains what it calls, and keeps its cells short."""
+    cells = build.read(source).cells
+    assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
+    code = [cell.source.splitlines() for cell in cells if cell.cell_type == "code"]
+    assert len(cells) - len(code) >= len(code) / 2
+    assert max(map(len, code)) <= 30, "a cell of more than 30 lines: does the library lack a function?"
+
+
+def test_a_sound_pair_has_no_problems(build, pair):
+    assert list(build.problems(write(*pair))) == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda cells: cells[0].update(source="# Another title"), "disagree from cell 0"),
+        (lambda cells: cells.append(nbformat.v4.new_markdown_cell("more")), "disagree from cell 2"),
+        (lambda cells: cells[1].update(execution_count=7), "not run from top to bottom"),
+        (lambda cells: cells[1].update(metadata={"execution": {"iopub.execute_input": "2026"}}), "metadata"),
+        (lambda cells: cells[1].outputs.pop(), "shows no picture"),
+        (lambda cells: cells[1].outputs[0].update(name="stderr"), "wrote to stderr"),
+        (lambda cells: cells[1].outputs[0].update(text="saved /home/ann/pig.ply"), "one machine only"),
+        (lambda cells: cells[1].outputs[0].update(text="http://127.0.0.1:8080/abc"), "one machine only"),
+        (lambda cells: cells[1].outputs[1].data.update({"text/html": "<iframe src=x>"}), "holds text/html"),
+        (lambda cells: cells[1].outputs[1].data.update({"image/png": base64.b64encode(b"GIF89a").decode()}), "is none"),
+        (
+            lambda cells: cells[1].outputs.append(nbformat.v4.new_output("error", ename="InputError", evalue="no")),
+            r"cell \[1\]: ended in InputError: no",
+        ),
+    ],
+)
+def test_what_is_not_fit_to_commit_is_named(build, pair, spoil, words):
+    source, notebook = pair
+    spoil(notebook.cells)
+    found = list(build.problems(write(source, notebook)))
+    assert len(found) == 1 and re.search(words, found[0])
+
+
+def test_a_notebook_that_was_never_run_is_named(build, pair):
+    assert list(build.problems(pair[0])) == ["has not been run"]
+
+
+def test_only_what_stays_true_is_kept(build, pair):
+    """Of a live viewer its picture stays, of a progress bar nothing, of a table its plain text."""
+    source, notebook = pair
+    new, picture = nbformat.v4.new_output, dict(notebook.cells[1].outputs[1].data)
+    plain = "<IPython.core.display.HTML object>"
+    notebook.cells[1].outputs = [
+        new("display_data", picture),
+        new("display_data", {"text/html": "<iframe src='http://127.0.0.1:1'>", "text/plain": plain}),
+        new("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": plain}),
+        new("stream", name="stderr", text="  3%|"),
+        new("execute_result", {"text/html": "<table>", "text/plain": "drift 0.2"}, execution_count=1),
+        new("display_data", {**picture, "text/plain": "<Figure size 640x480>"}, metadata={"needs_background": "light"}),
+    ]
+    notebook.cells[1].metadata["collapsed"] = False
+    build.strip(notebook)
+    assert [dict(output.data) for output in notebook.cells[1].outputs] == [
+        picture,
+        {"text/plain": "drift 0.2"},
+        picture,
+    ]
+    assert list(build.problems(write(source, notebook))) == []
+
+
+def test_a_notebook_reads_the_same_twice(build):
+    for source in SOURCES[:1]:
+        assert nbformat.writes(build.read(source)) == nbformat.writes(build.read(source))
+
+
+def test_sizes(monkeypatch):
+    for value, found in ((None, 600), ("", 600), ("0", 600), ("1", 60)):
+        monkeypatch.delenv(QUICK, raising=False)
+        if value is not None:
+            monkeypatch.setenv(QUICK, value)
+        assert size(600, quick=60) == found

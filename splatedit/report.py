@@ -13,22 +13,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from splatedit import charts
+from splatedit import charts, slider
 from splatedit.charts import Line, line_chart
 from splatedit.config import TEXT, Config
 from splatedit.files import atomic
 from splatedit.page import address, facts, page, picture, show, table
 
 FILM_BYTES = 6_000_000  # of the film in the page at most; a larger one is coded again, coarser
-STYLE = """
+STYLE = (
+    slider.STYLE
+    + """
 .views { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fill, minmax(max(9.5rem, 22%), 1fr)) }
 figure { margin: 0 } figcaption { padding-top: .35rem }
-.pair { position: relative; display: grid; grid-template-columns: 1fr 1fr; border: 1px solid var(--rule);
-  border-radius: .4rem; overflow: hidden }
-.pair img { width: 100%; user-select: none; -webkit-user-drag: none } .pair input { display: none }
-.pair span { position: absolute; top: .4rem; padding: 0 .45rem; border-radius: 1rem; font-size: .75rem; color: #fff;
-  background: rgb(0 0 0 / .72); pointer-events: none } .pair span:first-of-type { left: .4rem }
-.pair span:last-of-type { right: .4rem }
 button { font: inherit; font-size: .87rem; color: var(--ink); background: var(--card); border: 1px solid var(--soft);
   border-radius: .35rem; padding: .15rem .7rem; cursor: pointer } button[hidden] { display: none }
 pre { background: var(--card); padding: .7rem .9rem; border-radius: .4rem; white-space: pre-wrap; margin: .4rem 0 }
@@ -38,42 +34,14 @@ pre { background: var(--card); padding: .7rem .9rem; border-radius: .4rem; white
 .hint { display: none } .js .hint { display: block }
 .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)) }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
-@media screen {
-  .js .pair { grid-template-columns: 1fr; cursor: ew-resize; touch-action: pan-y }
-  .js .pair:focus-within { outline: 3px solid var(--link); outline-offset: 2px }
-  .js .pair img { grid-area: 1 / 1 } .js .pair img + img { clip-path: inset(0 0 0 var(--x)) }
-  .js .pair::after { content: ""; position: absolute; inset: 0 auto 0 var(--x); width: 2px; margin-left: -1px;
-    background: #fff; box-shadow: 0 0 0 1px rgb(0 0 0 / .55) }
-  .js .pair input { display: block; position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0;
-    pointer-events: none } }
-@media print { .pair span { background: #000; print-color-adjust: exact } button, .film { display: none }
+@media print { button, .film { display: none }
   .views, .charts { grid-template-columns: 1fr 1fr } .js .hint { display: none } }
 @media screen { .paper-only { display: none } }
 """
-SCRIPT = """
-document.documentElement.classList.add("js");
-for (const pair of document.querySelectorAll(".pair")) {
-  const range = pair.querySelector("input");
-  const show = () => {
-    pair.style.setProperty("--x", range.value + "%");
-    range.setAttribute("aria-valuetext", range.value + " % before, " + (100 - range.value) + " % after");
-  };
-  const drag = event => {
-    const box = pair.getBoundingClientRect();
-    range.value = Math.round(100 * (event.clientX - box.left) / box.width);
-    show();
-  };
-  range.addEventListener("input", show);
-  pair.addEventListener("pointerdown", event => {
-    if (event.button) return;
-    pair.setPointerCapture(event.pointerId);
-    range.focus({preventScroll: true});
-    if (event.pointerType === "mouse") event.preventDefault();
-    drag(event);
-  });
-  pair.addEventListener("pointermove", event => { if (pair.hasPointerCapture(event.pointerId)) drag(event); });
-  show();
-}
+)
+SCRIPT = (
+    slider.SCRIPT
+    + """document.documentElement.classList.add("js");
 for (const button of document.querySelectorAll("button[data-copy]")) {
   const text = document.getElementById(button.dataset.copy), label = button.textContent;
   button.hidden = false;
@@ -89,6 +57,7 @@ for (const button of document.querySelectorAll("button[data-copy]")) {
   });
 }
 """
+)
 VERDICTS = {
     "changed": "The scene changed.",
     "unchanged": "Nothing changed.",
@@ -184,18 +153,14 @@ def views(pictures: Sequence[Mapping[str, Any]], record: Mapping[str, Any], fold
     figures = []
     for number, entry in enumerate(pictures, 1):
         name = f"View {number} of {len(pictures)}, {entry['view']}"
-        images = []
+        images, said = [], []
         for when, prompt in (("before", record["source_prompt"]), ("after", record["prompt"])):
-            image = np.asarray(Image.open(folder / entry[when]).convert("RGB"))
-            height, width = image.shape[:2]
-            said = escape(f"{name}, {when} the edit" + f": {prompt}" * bool(prompt))
-            images.append(f'<img src="{picture(image)}" width="{width}" height="{height}" alt="{said}">')
-        label = escape(f"{name}: how much of it is the picture before the edit, in percent")
-        figures.append(
-            f'<figure><div class="pair">{"".join(images)}<span aria-hidden="true">before</span>'
-            f'<span aria-hidden="true">after</span><input type="range" value="50" aria-label="{label}"></div>'
-            f"<figcaption>{escape(f'{name}: {likeness(entry)}')}</figcaption></figure>"
-        )
+            images.append(np.asarray(Image.open(folder / entry[when]).convert("RGB")))
+            said.append(f"{name}, {when} the edit" + f": {prompt}" * bool(prompt))
+        height, width = images[0].shape[:2]
+        label = f"{name}: how much of it is the picture before the edit, in percent"
+        pair = slider.pair([picture(image) for image in images], (width, height), alt=said, label=label)
+        figures.append(f"<figure>{pair}<figcaption>{escape(f'{name}: {likeness(entry)}')}</figcaption></figure>")
     hint = '<p class="note hint">Drag over a picture, or focus it and press the arrow keys.</p>'
     return f'<h2>Before and after</h2>\n{hint}\n<div class="views">\n' + "\n".join(figures) + "\n</div>"
 

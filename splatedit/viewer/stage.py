@@ -50,6 +50,8 @@ class Stage:
 
     def __init__(self, shown: Shown):
         self.shown = shown
+        self.clients = 0  # browsers that look on
+        self.closed = False  # the threads of displays end when it is
         self.changed = threading.Condition()
         self.listeners: list[Callable[[Shown, frozenset[str]], None]] = []
 
@@ -63,7 +65,13 @@ class Stage:
         return shown
 
     def wait(self, version: int, timeout: float | None = None) -> Shown:
-        """The newest state, once it is newer than `version`, or after `timeout` seconds whatever it is."""
+        """The newest state, once it is newer than `version`; whatever it is after `timeout` seconds or when `closed`."""
         with self.changed:
-            self.changed.wait_for(lambda: self.shown.version > version, timeout)
+            self.changed.wait_for(lambda: self.closed or self.shown.version > version, timeout)
             return self.shown
+
+    def close(self) -> None:
+        """Nothing will be shown any more: wake all who wait."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()

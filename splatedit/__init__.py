@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from splatedit.editing import edit
     from splatedit.files import load, save
     from splatedit.gaussians import Gaussians
+    from splatedit.jobs import start
 
 __version__ = "0.1.0"
-__all__ = ["Cameras", "Gaussians", "InputError", "__version__", "dome", "edit", "load", "orbit", "save"]
+__all__ = ["Cameras", "Gaussians", "InputError", "__version__", "dome", "edit", "load", "orbit", "save", "start"]
 
 # A public function must not share its name with a module: importing the module would replace the function.
 _HOME = {
@@ -33,6 +34,7 @@ _HOME = {
     "load": "files",
     "orbit": "cameras",
     "save": "files",
+    "start": "jobs",
 }
 
 

@@ -28,6 +28,10 @@ UPS = ("+x", "-x", "+y", "-y", "+z", "-z")  # cameras.UPS
 TEXT = ("scene", "prompt", "source_prompt", "guidance", "model", "output_dir", "device", "cameras", "up")
 TEXT += ("weight", "timesteps", "solver", "cache_dir")
 TEXT += ("mask", "mask_box", "mask_sphere", "mask_rule", "mask_text", "mask_text_by", "preset")
+# Settings that are options of `splatedit run` too, --with-hyphens.
+OPTIONS = ("source_prompt", "guidance", "guidance_scale", "model", "steps", "seed", "preset", "solver", "fpr_iters")
+OPTIONS += ("fpr_lambda", "source_cache", "cache_mb", "output_dir", "device", "cameras", "up", "mask", "mask_box")
+OPTIONS += ("mask_sphere", "mask_rule", "mask_text", "grow_percent", "max_gaussians", "vram", "offline", "viewer")
 MASK_BY = ("scores", "attention")  # the keys of relevance.MAPS
 
 
@@ -192,6 +196,37 @@ def save_config(config: Config, path: str | Path) -> None:
 
     with atomic(path) as stream:
         stream.write(OmegaConf.to_yaml(OmegaConf.create(asdict(config))).encode())
+
+
+def as_command(config: Config) -> list[str]:
+    """The words of `splatedit run` that give these settings: what differs from the defaults; `shlex.join` quotes them.
+
+    Options where there are any, else key=value; the scene and the prompt first, unless they would be taken for options.
+    """
+    usual = asdict(load_config(options={name: getattr(config, name) for name in BUNDLES}))
+    usual |= {name: getattr(Config, name) for name in BUNDLES}
+    flags, words = [], []
+    for name, value in asdict(config).items():
+        if name in ("scene", "prompt") or value == usual[name]:
+            continue
+        text = written(value)
+        if name not in OPTIONS or value is None or value is False or text.startswith("-"):
+            words.append(f"{name}={text}")
+        else:
+            flags += [f"--{name.replace('_', '-')}", *([] if value is True else [text])]
+    subject = [config.scene, config.prompt]
+    if any(text.startswith("-") for text in subject):
+        return ["splatedit", "run", *flags, "--", *subject, *words]
+    return ["splatedit", "run", *subject, *flags, *words]
+
+
+def written(value: Any) -> str:
+    """A value of a setting as the command line reads it."""
+    if isinstance(value, list):
+        return f"[{', '.join(written(part) for part in value)}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -347,6 +347,32 @@ def load_prior(
         ) from error
 
 
+KEPT: dict[tuple[Any, ...], Prior] = {}  # at most one, which nobody uses
+
+
+@contextmanager
+def borrowed(model: str, device: str | torch.device, offline: bool = False) -> Iterator[Prior]:
+    """What `load_prior` gives, nobody else's in the body; it is kept then for whoever asks for the same next.
+
+    Two edits never share a Prior: it counts evaluations, and some guidances hook into its network.
+    """
+    check_prior(model, offline)
+    folder = locate(model, offline)
+    files = [] if folder is None else [p for p in folder.rglob("*") if p.is_file()]
+    key = (model, str(device), max((p.stat().st_mtime_ns for p in files), default=0))
+    prior = KEPT.pop(key, None)
+    if prior is None:
+        KEPT.clear()  # first, for two may not fit into memory
+        prior = load_prior(model, device, offline=offline)
+    try:
+        yield prior
+    finally:
+        prior.evaluations = 0
+        prior.save_memory(Savings())
+        KEPT.clear()
+        KEPT[key] = prior
+
+
 def read_pipeline(folder: Path, dtype: torch.dtype) -> Any:
     """The pipeline in `folder`, without the parts that no edit needs, read without a word."""
     import importlib.util

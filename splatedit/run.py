@@ -99,14 +99,15 @@ def run(
     command: Sequence[str] | None = None,
     resume: str | Path | None = None,
     watch: Watch | None = None,
+    load: Callable[..., Prior] | None = None,
 ) -> Outcome:
     """Edit the scene of `config` and write the outputs folder; progress and messages go to `console` (stderr).
 
     command: the words that started the run, for cmd.txt. resume: the folder of a run that was cut off (or a checkpoint
-    in it), to go on there; `checkpoints.FREE` says what of `config` may have changed. watch: looks on, see `Watch`. A
-    KeyboardInterrupt after the first step ends the edit early and everything is written; before it, nothing is left
-    behind. Raises InputError for a mistake in the settings, the scene, or a model that is not there, all before the
-    first picture is drawn.
+    in it), to go on there; `checkpoints.FREE` says what of `config` may have changed. watch: looks on, see `Watch`.
+    load: called instead of `priors.load_prior`. A KeyboardInterrupt after the first step ends the edit early and
+    everything is written; before it, nothing is left behind. Raises InputError for a mistake in the settings, the
+    scene, or a model that is not there, all before the first picture is drawn.
     """
     from splatedit import mask_settings
 
@@ -125,7 +126,7 @@ def run(
         save_config(config, folder / "config.yaml")
         with open(folder / "cmd.txt", "a", encoding="utf-8") as stream:
             stream.write(shlex.join(command or sys.argv) + "\n")
-        work = prepare(config, console, saved)._replace(folder=folder, saved=saved, sha256=digest)
+        work = prepare(config, console, saved, load)._replace(folder=folder, saved=saved, sha256=digest)
         work = work._replace(mask=mask_settings.of(work, console))
         if saved is not None:
             check_cameras(saved, head(work)["cameras"])
@@ -226,7 +227,12 @@ def warn(console: Console, line: str) -> None:
     console.print(f"[bold yellow]Warning:[/] {escape(line)}")
 
 
-def prepare(config: Config, console: Console, saved: dict[str, Any] | None = None) -> Work:
+def prepare(
+    config: Config,
+    console: Console,
+    saved: dict[str, Any] | None = None,
+    load_model: Callable[..., Prior] | None = None,
+) -> Work:
     """Load the scene and the model and settle source prompt and up axis (those of `saved`, if given); or InputError."""
     from splatedit.editing import resolve_device
     from splatedit.files import load, sidecar
@@ -239,7 +245,7 @@ def prepare(config: Config, console: Console, saved: dict[str, Any] | None = Non
     if config.viewer:
         console.print("[yellow]--viewer: the live viewer is not in this version yet; the edit runs without it.")
     with console.status("loading the model"):
-        prior = load_prior(config.model, device, offline=config.offline)
+        prior = (load_model or load_prior)(config.model, device, offline=config.offline)
     prior.save_memory(savings(config))
     prior.text([config.prompt])  # a word the model does not know is told now, not after the first pictures
     console.print(escape(f"{gaussians.n:,} splats from {config.scene}, model {prior.name}, on {device}"))
@@ -371,8 +377,10 @@ def optimise(work: Work, console: Console, keeper: Keeper, watch: Watch | None =
                 stop.armed = True
                 if keeper.due(step.index + 1) and step.index + 1 < config.steps:
                     keeper.write(log)
-                if watch is not None and not watch.step(step):
-                    stop.asked = True
+                if watch is not None:
+                    shown = time.perf_counter()
+                    stop.asked |= not watch.step(step)
+                    now += time.perf_counter() - shown  # the pace is that of the steps, not of who holds them up
                 if stop.asked:
                     break
         except KeyboardInterrupt:

@@ -26,7 +26,10 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"},
 }
-KEPT = ("image/png", "text/latex", "text/markdown", "text/plain")  # no text/html: Jupyter hides it, and what is with it
+KEPT = ("image/png", "text/html", "text/latex", "text/markdown", "text/plain")
+LIVE = re.compile(
+    r"<\s*(?:script|iframe|object|embed)\b|\son\w+\s*=", re.IGNORECASE
+)  # HTML that is more than tables and pictures
 LOCAL = re.compile(
     r"(?<![\w.~-])/(?:home|root|work|tmp|usr|Users|opt|mnt)/|\b(?:localhost|127\.0\.0\.1):\d+| at 0x[0-9a-f]+"
 )
@@ -83,10 +86,12 @@ def stripped(output: Any) -> Any | None:
     if output.output_type == "error" or output.get("name") == "stdout":
         return output
     data = output.get("data", {})
-    live = "text/html" in data or any("widget" in kind for kind in data)
     kept = {kind: data[kind] for kind in KEPT if kind in data}
+    # Where a notebook is not trusted, Jupyter prefers HTML to the picture beside it, and then empties it.
+    if "text/html" in kept and ("image/png" in kept or LIVE.search(kept["text/html"])):
+        del kept["text/html"]
     # <IPython.core.display.HTML object> stands for what has just been thrown away; <Figure ...> says nothing either.
-    if kept.get("text/plain", "").startswith("<") and (live or len(kept) > 1):
+    if kept.get("text/plain", "").startswith("<") and len(data) > 1:
         del kept["text/plain"]
     if not kept:
         return None
@@ -130,6 +135,8 @@ def unfit(output: Any) -> Iterator[str]:
     for kind in data:
         if kind not in KEPT:
             yield f"holds {kind}"
+    if LIVE.search(data.get("text/html", "")):
+        yield "holds a live page"
     if "image/png" in data and not base64.b64decode(data["image/png"]).startswith(b"\x89PNG"):
         yield "its image/png is none"
     for text in (output.get("text", ""), *(data[kind] for kind in data if kind.startswith("text/"))):

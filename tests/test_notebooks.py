@@ -87,7 +87,8 @@ def test_a_sound_pair_has_no_problems(build, pair):
         (lambda cells: cells[1].outputs[0].update(name="stderr"), "wrote to stderr"),
         (lambda cells: cells[1].outputs[0].update(text="saved /home/ann/pig.ply"), "one machine only"),
         (lambda cells: cells[1].outputs[0].update(text="http://127.0.0.1:8080/abc"), "one machine only"),
-        (lambda cells: cells[1].outputs[1].data.update({"text/html": "<iframe src=x>"}), "holds text/html"),
+        (lambda cells: cells[1].outputs[1].data.update({"text/html": "<iframe src=x>"}), "holds a live page"),
+        (lambda cells: cells[1].outputs[1].data.update({"application/json": {}}), "holds application/json"),
         (lambda cells: cells[1].outputs[1].data.update({"image/png": base64.b64encode(b"GIF89a").decode()}), "is none"),
         (
             lambda cells: cells[1].outputs.append(nbformat.v4.new_output("error", ename="InputError", evalue="no")),
@@ -107,7 +108,7 @@ def test_a_notebook_that_was_never_run_is_named(build, pair):
 
 
 def test_only_what_stays_true_is_kept(build, pair):
-    """Of a live viewer its picture stays, of a progress bar nothing, of a table its plain text."""
+    """Of a live viewer its picture stays, of a progress bar nothing; a table stays."""
     source, notebook = pair
     new, picture = nbformat.v4.new_output, dict(notebook.cells[1].outputs[1].data)
     plain = "<IPython.core.display.HTML object>"
@@ -116,7 +117,9 @@ def test_only_what_stays_true_is_kept(build, pair):
         new("display_data", {"text/html": "<iframe src='http://127.0.0.1:1'>", "text/plain": plain}),
         new("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": plain}),
         new("stream", name="stderr", text="  3%|"),
+        new("display_data", {"text/html": "<table><script>x()</script>", "text/plain": "drift 0.2"}),
         new("execute_result", {"text/html": "<table>", "text/plain": "drift 0.2"}, execution_count=1),
+        new("display_data", {**picture, "text/html": "<table>"}),
         new("display_data", {**picture, "text/plain": "<Figure size 640x480>"}, metadata={"needs_background": "light"}),
     ]
     notebook.cells[1].metadata["collapsed"] = False

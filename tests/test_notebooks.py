@@ -124,11 +124,8 @@ def test_only_what_stays_true_is_kept(build, pair):
     ]
     notebook.cells[1].metadata["collapsed"] = False
     build.strip(notebook)
-    assert [dict(output.data) for output in notebook.cells[1].outputs] == [
-        picture,
-        {"text/plain": "drift 0.2"},
-        picture,
-    ]
+    plain, table = {"text/plain": "drift 0.2"}, {"text/html": "<table>", "text/plain": "drift 0.2"}
+    assert [dict(output.data) for output in notebook.cells[1].outputs] == [picture, plain, table, picture, picture]
     assert list(build.problems(write(source, notebook))) == []
 
 

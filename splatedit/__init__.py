@@ -17,18 +17,34 @@ from splatedit.errors import InputError
 
 if TYPE_CHECKING:
     from splatedit.cameras import Cameras, dome, orbit
+    from splatedit.displays import animate, compare
     from splatedit.editing import edit
     from splatedit.files import load, save
     from splatedit.gaussians import Gaussians
     from splatedit.jobs import start
 
 __version__ = "0.1.0"
-__all__ = ["Cameras", "Gaussians", "InputError", "__version__", "dome", "edit", "load", "orbit", "save", "start"]
+__all__ = [
+    "Cameras",
+    "Gaussians",
+    "InputError",
+    "__version__",
+    "animate",
+    "compare",
+    "dome",
+    "edit",
+    "load",
+    "orbit",
+    "save",
+    "start",
+]
 
 # A public function must not share its name with a module: importing the module would replace the function.
 _HOME = {
     "Cameras": "cameras",
     "Gaussians": "gaussians",
+    "animate": "displays",
+    "compare": "displays",
     "dome": "cameras",
     "edit": "editing",
     "load": "files",

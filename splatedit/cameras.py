@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,14 @@ class Cameras(NamedTuple):
     def n(self) -> int:
         """How many cameras there are."""
         return self.w2c.shape[0]
+
+    def __repr__(self) -> str:
+        return f"Cameras({self.n}, pictures of {self.width}x{self.height})"
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]:
+        from splatedit.displays import cameras_bundle
+
+        return cameras_bundle(self)
 
     def pick(self, index: int | slice | Sequence[int] | Tensor) -> Cameras:
         """Some of the cameras, still as a batch; raises IndexError for one that does not exist."""

@@ -46,6 +46,18 @@ class Step(NamedTuple):
     cache: Mapping[str, int] = {}  # of the source cache so far: hits, filled, read, dropped; empty if it is off
     pull: Tensor | None = None  # (m,) how hard this step pulled at each splat, at least 0; see `Splats.feel`
 
+    def __repr__(self) -> str:
+        far = f", drift {self.residuals[-1]:.3g}" if self.residuals else ""
+        return (
+            f"Step({self.index + 1} of {self.steps}, loss {self.loss:.4g}, {self.psnr_to_source:.1f} dB to the "
+            f"source{far})"
+        )
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]:
+        from splatedit.displays import step_bundle
+
+        return step_bundle(self)
+
 
 class Stopwatch:
     """Seconds by name."""

@@ -15,6 +15,10 @@ class InputError(ValueError):
             message = f"{message[: LONGEST // 2]} [...] {message[-LONGEST // 2 :]}"
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython prints of it: the line alone; `%tb` has the rest."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class OutOfMemory(InputError):
     """There is not enough memory, also with smaller settings: nobody's mistake, exit status 1."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from splatedit.viewer.app import App
 
 # Rows of shN per spherical-harmonic degree: (degree + 1)^2 - 1, the constant term lives in sh0.
 SH_REST = {0: 0, 1: 3, 2: 8, 3: 15}
@@ -53,6 +56,20 @@ class Gaussians(NamedTuple):
         """Which ones can be drawn, (n,) bool: no number is infinite or NaN, nor a scale once it is no logarithm."""
         numbers = torch.cat([p.detach().reshape(self.n, -1) for p in self.parameters.values()], 1)
         return numbers.isfinite().all(1) & self.scales.detach().exp().isfinite().all(1)
+
+    def __repr__(self) -> str:
+        return f"Gaussians({self.n:,}, SH degree {self.sh_degree}, {self.means.device})"
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]:
+        from splatedit.displays import gaussians_bundle
+
+        return gaussians_bundle(self)
+
+    def show(self, other: Gaussians | None = None, **more: Any) -> App:
+        """Open the live viewer in the cell of a notebook, below a picture that stays; see `notebook.show_gaussians`."""
+        from splatedit.notebook import show_gaussians
+
+        return show_gaussians(self, other, **more)
 
     def to(self, device: str | torch.device) -> Gaussians:
         """The same Gaussians with their six tensors on `device`."""

@@ -65,13 +65,13 @@ def save_first(frames: Iterable[np.ndarray], stream: IO[bytes], fps: float) -> N
     save_png(next(iter(frames)), stream)
 
 
-def save_gif(frames: Iterable[np.ndarray], stream: IO[bytes], fps: float, format: str = "GIF") -> None:
-    """Write an endlessly repeating GIF."""
-    first, *rest = (Image.fromarray(frame) for frame in frames)
+def save_gif(frames: Iterable[np.ndarray | Image.Image], stream: IO[bytes], fps: float, format: str = "GIF") -> None:
+    """Write an endlessly repeating GIF; frames that are PIL images keep their mode, such as a palette."""
+    first, *rest = (frame if isinstance(frame, Image.Image) else Image.fromarray(frame) for frame in frames)
     first.save(stream, format=format, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
 
 
-def save_apng(frames: Iterable[np.ndarray], stream: IO[bytes], fps: float) -> None:
+def save_apng(frames: Iterable[np.ndarray | Image.Image], stream: IO[bytes], fps: float) -> None:
     """Write an endlessly repeating animated PNG: larger than GIF, all colours."""
     save_gif(frames, stream, fps, format="PNG")
 

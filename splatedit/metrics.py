@@ -131,6 +131,11 @@ class Report:
     advice: list[str] = field(default_factory=list)
     views: list[ViewChange] = field(default_factory=list)  # the same of each single view
 
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]:
+        from splatedit.displays import report_bundle
+
+        return report_bundle(self)
+
     def as_dict(self) -> dict:
         """All but the views as plain values for JSON; infinities become None."""
         return {k: plain(v) for k, v in asdict(self).items() if k != "views"}

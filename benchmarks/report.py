@@ -26,8 +26,9 @@ from splatedit import files, media, page
 from splatedit.cameras import bounds, orbit
 from splatedit.regions import pixel_changes, splat_changes
 from splatedit.report import FILM_BYTES
-from splatedit.run import ELEVATION, FPS, FRAMES, VIEWS
+from splatedit.results import FPS
 from splatedit.scenes import marked
+from splatedit.work import ELEVATION, FRAMES, VIEWS
 
 
 def main() -> None:

@@ -13,9 +13,8 @@ import click
 
 from splatedit import __version__
 from splatedit.config import GUIDANCES, KEYS, UPS, Config, colour, load_config
-from splatedit.errors import ExposedWarning, InputError, LossWarning, OutOfMemory
+from splatedit.errors import CRASH, INTERRUPTED, MISTAKE, ExposedWarning, InputError, LossWarning, OutOfMemory
 
-MISTAKE, CRASH, INTERRUPTED = 2, 1, 130
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a full or failing disk is nobody's mistake
 PLAIN = (LossWarning, ExposedWarning)  # warnings that are for the user, whatever line they come from
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}

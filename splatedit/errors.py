@@ -1,4 +1,7 @@
-"""The one exception a user's mistake raises, and the warnings that are for the user."""
+"""The one exception a user's mistake raises, the warnings that are for the user, and the exit statuses."""
+
+# Exit statuses; NOT_CHANGED: written, but nothing changed or the edit went to noise.
+DONE, CRASH, MISTAKE, NOT_CHANGED, INTERRUPTED = 0, 1, 2, 3, 130
 
 LONGEST = 1600  # characters of a message
 

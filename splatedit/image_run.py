@@ -16,17 +16,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from splatedit.config import GUIDANCES, SOLVERS, Config, choose, within
-from splatedit.errors import InputError
+from splatedit.errors import DONE, INTERRUPTED, NOT_CHANGED, InputError
 from splatedit.folders import output_folder, slug
-from splatedit.run import (
-    DONE,
-    INTERRUPTED,
-    NOT_CHANGED,
-    json_number,
-    progress_bar,
-    versions,
-    write_json,
-)
+from splatedit.json_files import json_number, write_json
+from splatedit.machine import versions
+from splatedit.progress import progress_bar
 
 if TYPE_CHECKING:
     import numpy as np

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from splatedit.editing import Step
     from splatedit.gaussians import Gaussians
     from splatedit.priors import Prior
-    from splatedit.run import Outcome, Work
+    from splatedit.run import Outcome
+    from splatedit.work import Work
 
 LOG = logging.getLogger(__name__)
 STATES = ("starting", "running", "paused", "stopping", "done", "stopped", "failed")
@@ -310,7 +311,8 @@ def start_run(
     console: where progress and messages go as well, None: to `Job.lines` alone. command: the words for cmd.txt, None:
     those that would repeat it.
     """
-    from splatedit.run import check_run, run
+    from splatedit.run import run
+    from splatedit.work import check_run
 
     check_run(config, resume)
     said = console or Console(file=io.StringIO(), width=WIDTH, soft_wrap=True, quiet=True)

@@ -20,7 +20,7 @@ from splatedit.formats import endings
 from splatedit.gaussians import SH_C0, Gaussians
 from splatedit.mask_settings import build, tell, without_text
 from splatedit.masks import Mask
-from splatedit.run import Work, prepare
+from splatedit.work import Work, prepare
 
 HIGHLIGHT = (0.93, 0.0, 0.55)  # of the splats inside
 VIEWS, FRAMES, FPS, ELEVATION, SIZE = 8, 72, 24, 15.0, 320

@@ -16,7 +16,7 @@ from splatedit.masks import All, Mask, Not, box, describe, rule, sphere
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from splatedit.run import Work
+    from splatedit.work import Work
 
 
 def without_text(config: Config) -> list[Mask]:

@@ -20,24 +20,15 @@ from splatedit.editing import edit
 from splatedit.errors import InputError, OutOfMemory
 from splatedit.folders import nearest, place
 from splatedit.fpr import BACKWARD
+from splatedit.json_files import rounded
+from splatedit.machine import device_name, peak_memory
 from splatedit.media import draw
 from splatedit.model_files import NETWORKS, first_line
-from splatedit.run import (
-    VIEWS,
-    check_run,
-    device_name,
-    options,
-    peak_memory,
-    prepare,
-    rounded,
-    seen_from,
-    views_of_model,
-    views_of_pictures,
-    warn,
-)
+from splatedit.progress import warn
+from splatedit.work import VIEWS, check_run, options, prepare, seen_from, views_of_model, views_of_pictures
 
 if TYPE_CHECKING:
-    from splatedit.run import Work
+    from splatedit.work import Work
 
 WARM, TIMED = 1, 3  # steps that are taken: the first fills caches and is not counted
 ASKED = 2 * 2 * 8  # evaluations of a view in the change report: before and after, two prompts, eight noise levels

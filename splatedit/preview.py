@@ -16,13 +16,14 @@ from splatedit import image_run, mask_settings
 from splatedit.cameras import Cameras, bounds
 from splatedit.config import Config
 from splatedit.editing import rig_for
-from splatedit.errors import InputError
+from splatedit.errors import DONE, INTERRUPTED, NOT_CHANGED, InputError
 from splatedit.files import atomic
 from splatedit.folders import place
 from splatedit.images import SGD_STEP, decode, edit_images, encode
 from splatedit.media import save_png, sheet, to_bytes
-from splatedit.run import DONE, INTERRUPTED, NOT_CHANGED, Work, check_run, options, prepare, progress_bar
+from splatedit.progress import progress_bar
 from splatedit.scenes import Splats
+from splatedit.work import Work, check_run, options, prepare
 
 if TYPE_CHECKING:
     import numpy as np

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from splatedit.priors import Prior
-    from splatedit.run import Work
+    from splatedit.work import Work
 
 VIEWS = 24  # cameras looked through
 DRAWS = 6  # noise levels at which each view is looked at, at least 2
@@ -256,7 +256,7 @@ def ask(work: Work, console: Console) -> Relevance:
 def views(work: Work) -> Cameras:
     """At most VIEWS of the run's cameras, evenly chosen."""
     from splatedit.editing import rig_for
-    from splatedit.run import cameras_of_edit
+    from splatedit.work import cameras_of_edit
 
     cameras = rig_for(work.gaussians, cameras_of_edit(work)["cameras"], VIEWS, work.prior.image_size, work.up)
     return cameras.pick(torch.linspace(0, cameras.n - 1, min(VIEWS, cameras.n)).round().long())

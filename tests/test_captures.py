@@ -19,7 +19,7 @@ from splatedit.formats.checkpoints import _comments
 from splatedit.lenses import Lens
 from splatedit.media import save_png, to_bytes
 from splatedit.render import render
-from splatedit.run import find_views
+from splatedit.work import find_views
 
 SQUARE = Lens(64, 64, 80.0, 80.0, 32.0, 32.0)
 
@@ -145,7 +145,7 @@ def test_a_nerfstudio_scene_is_seen_from_where_it_was_trained(cloud, tmp_path):
 
 
 def test_a_run_looks_from_the_cameras_beside_its_scene(call, cloud, scene_file, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("splatedit.run.FRAMES", 6)
+    monkeypatch.setattr("splatedit.work.FRAMES", 6)
     save_cameras(dome(cloud, 20, size=(64, 48)), tmp_path / "cameras.json")
     words = [scene_file, "a pig", "--model", tiny_model, "-o", tmp_path / "out", "--src-prompt", "a cat"]
     status, out, err = call("run", *words, "--steps", "2", "cameras_most=5", "--device", "cpu")

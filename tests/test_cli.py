@@ -108,7 +108,7 @@ def test_a_mistake_is_one_line_and_status_2(call, words, message, tmp_path, monk
 
 
 def test_run_prints_the_path_alone(call, scene_file, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("splatedit.run.FRAMES", 4)
+    monkeypatch.setattr("splatedit.work.FRAMES", 4)
     words = [scene_file, "a pig", "--model", tiny_model, "-o", tmp_path / "out", "--cameras", "orbit:3", "--steps", 9]
     status, out, err = call("run", *words, "--src-prompt", "a cat", "--guidance", "dds", "--no-viewer", "steps=2")
     assert status in (0, 3), err

@@ -391,7 +391,7 @@ def test_run_takes_any_format_and_writes_a_ply(cloud, tiny_model, tmp_path, monk
     (tmp_path / "folder.yaml").write_text("source_prompt: a cat\n")
     if name == "folder":
         zipfile.ZipFile(tmp_path / "ball.sog").extractall(tmp_path / name)
-    monkeypatch.setattr("splatedit.run.FRAMES", 4)
+    monkeypatch.setattr("splatedit.work.FRAMES", 4)
     words = ["--model", tiny_model, "-o", tmp_path / "out", "--cameras", "orbit:3", "--steps", 2]
     status, out, err = run(monkeypatch, capsys, "run", tmp_path / name, "a pig", *words)
     assert status in (0, 3), err

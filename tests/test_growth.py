@@ -22,7 +22,7 @@ from splatedit.errors import InputError
 from splatedit.growth import Grower, Growth, faint, refine, strongest
 from splatedit.metrics import change_report, changed_share, count_rows
 from splatedit.render import densify, render
-from splatedit.run import mend, without_lost
+from splatedit.results import mend, without_lost
 from splatedit.run import run as start
 from splatedit.scenes import Hold, Rates, Splats
 
@@ -292,8 +292,8 @@ def test_what_is_lost_gets_the_values_of_its_own_row_and_is_left_out_if_it_has_n
 
 
 def test_a_run_that_grows_writes_what_came_and_went(cloud, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("splatedit.run.FRAMES", 2)
-    monkeypatch.setattr("splatedit.run.VIEWS", 2)
+    monkeypatch.setattr("splatedit.work.FRAMES", 2)
+    monkeypatch.setattr("splatedit.work.VIEWS", 2)
     opacities = cloud.opacities.clone()
     opacities[:9] = -7.0
     cloud = cloud._replace(opacities=opacities)

@@ -20,7 +20,8 @@ from splatedit.errors import InputError
 from splatedit.mask_run import HIGHLIGHT, highlight
 from splatedit.mask_settings import build, of
 from splatedit.masks import Box, Indices, Relevance, Sphere
-from splatedit.run import Work, run
+from splatedit.run import run
+from splatedit.work import Work
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -153,8 +154,8 @@ def test_relevance_from_the_command_line(scene_file, cloud, tiny_model, tmp_path
 
 
 def test_a_run_changes_what_the_mask_holds_and_no_bit_else(scene_file, cloud, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("splatedit.run.FRAMES", 2)
-    monkeypatch.setattr("splatedit.run.VIEWS", 2)
+    monkeypatch.setattr("splatedit.work.FRAMES", 2)
+    monkeypatch.setattr("splatedit.work.VIEWS", 2)
     options = {"scene": str(scene_file), "prompt": "a pig", "model": str(tiny_model)}
     options["output_dir"] = str(tmp_path / "out")
     cap, given = Sphere((0.5, -1, 0), 0.7), tmp_path / "cap.json"

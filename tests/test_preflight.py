@@ -10,8 +10,8 @@ from splatedit.run import run
 
 @pytest.fixture
 def words(scene_file, tiny_model, tmp_path, monkeypatch, one_thread):
-    monkeypatch.setattr("splatedit.run.FRAMES", 2)
-    monkeypatch.setattr("splatedit.run.VIEWS", 2)
+    monkeypatch.setattr("splatedit.work.FRAMES", 2)
+    monkeypatch.setattr("splatedit.work.VIEWS", 2)
     monkeypatch.chdir(tmp_path)
     given = ["run", scene_file, "a pig", "--source-prompt", "a cat", "--model", tiny_model, "--cameras", "orbit:3"]
     return [*given, "--steps", "9", "-o", "out", "supersample=1"]

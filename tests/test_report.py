@@ -257,8 +257,8 @@ def masked_run(scene_file, tiny_model, tmp_path, *words):
 
 @pytest.fixture
 def few_frames(monkeypatch):
-    monkeypatch.setattr("splatedit.run.FRAMES", 3)
-    monkeypatch.setattr("splatedit.run.VIEWS", 2)
+    monkeypatch.setattr("splatedit.work.FRAMES", 3)
+    monkeypatch.setattr("splatedit.work.VIEWS", 2)
 
 
 def close(cell, value):

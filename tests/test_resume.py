@@ -217,8 +217,8 @@ def edit_step():
 @pytest.fixture
 def config(scene_file, pictures, tmp_path, monkeypatch, one_thread):
     """Six steps with three cameras on the ball by a prior that answers at once, a checkpoint after each."""
-    monkeypatch.setattr("splatedit.run.FRAMES", 2)
-    monkeypatch.setattr("splatedit.run.VIEWS", 2)
+    monkeypatch.setattr("splatedit.work.FRAMES", 2)
+    monkeypatch.setattr("splatedit.work.VIEWS", 2)
     monkeypatch.setattr("splatedit.priors.load_prior", lambda *_, **__: ToyPrior(pictures))
     options = {"scene": str(scene_file), "prompt": "blue", "output_dir": str(tmp_path / "out")}
     words = ["source_prompt=red", "steps=6", "cameras=dome:3", "device=cpu", "guidance=dds", "checkpoint_every=1"]
@@ -302,7 +302,7 @@ def test_a_run_that_dies_while_it_writes_goes_on_without_a_step(config, whole, m
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("splatedit.run.draw_pairs", die)
+        patch.setattr("splatedit.results.draw_pairs", die)
         run(config, shout())
     folder = folders.newest(config)
     with monkeypatch.context() as patch:

@@ -14,7 +14,9 @@ from splatedit import editing, files
 from splatedit.config import Config, load_config
 from splatedit.errors import InputError, Lost
 from splatedit.folders import output_folder, slug
-from splatedit.run import curve, mend, run, write_json
+from splatedit.json_files import write_json
+from splatedit.results import curve, mend
+from splatedit.run import run
 from splatedit.stack import Stack, introduce
 
 PARTS = {"render", "encode", "prior", "optimise"}
@@ -34,8 +36,8 @@ def config(scene_file, tiny_model, tmp_path):
 
 @pytest.fixture
 def few_frames(monkeypatch):
-    monkeypatch.setattr("splatedit.run.FRAMES", 4)
-    monkeypatch.setattr("splatedit.run.VIEWS", 2)
+    monkeypatch.setattr("splatedit.work.FRAMES", 4)
+    monkeypatch.setattr("splatedit.work.VIEWS", 2)
 
 
 def shout():
@@ -228,7 +230,7 @@ def test_a_second_interrupt_gives_up_the_pictures_only(config, monkeypatch):
         raise KeyboardInterrupt
 
     fake_edit(monkeypatch, recolored)
-    monkeypatch.setattr("splatedit.run.draw_pairs", again)
+    monkeypatch.setattr("splatedit.results.draw_pairs", again)
     outcome = run(config, shout())
     assert outcome.status == 130 and outcome.edited.exists() and outcome.record["change"] is not None
     assert json.loads((outcome.folder / "run.json").read_text())["interrupted"] is True

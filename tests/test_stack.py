@@ -406,7 +406,9 @@ def test_part_strength_can_be_looked_at_before_it_is_written(tmp_path):
         assert ply(seen.gaussians) == file.read_bytes(), "bit for bit what is written"
         np.testing.assert_array_equal(seen.ids, history.named().ids)
         history.undo()
-    assert history.weakened(1.0).ids.tolist() == [0, 2, 3, 5, 10, 11], "kept ones keep their numbers, added ones are new"
+    assert history.weakened(1.0).ids.tolist() == [0, 2, 3, 5, 10, 11], (
+        "kept ones keep their numbers, added ones are new"
+    )
     with pytest.raises(InputError, match="7 is not an edit that is done"):
         history.weakened(0.5, 7)
 

@@ -187,8 +187,8 @@ def starving(monkeypatch):
 
 @pytest.fixture
 def settings(scene_file, tiny_model, tmp_path, monkeypatch, one_thread):
-    monkeypatch.setattr("splatedit.run.FRAMES", 2)
-    monkeypatch.setattr("splatedit.run.VIEWS", 2)
+    monkeypatch.setattr("splatedit.work.FRAMES", 2)
+    monkeypatch.setattr("splatedit.work.VIEWS", 2)
     words = ["steps=6", "cameras=orbit:3", "supersample=1", "guidance=dds", "checkpoint_every=1", "source_prompt=a cat"]
     given = {"scene": str(scene_file), "prompt": "a pig", "model": str(tiny_model), "output_dir": str(tmp_path / "out")}
     return lambda *more: load_config(options=given, words=[*words, *more])

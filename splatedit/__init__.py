@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from splatedit.files import load, save
     from splatedit.gaussians import Gaussians
     from splatedit.jobs import start
+    from splatedit.viewer import view
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "orbit",
     "save",
     "start",
+    "view",
 ]
 
 # A public function must not share its name with a module: importing the module would replace the function.
@@ -51,6 +53,7 @@ _HOME = {
     "orbit": "cameras",
     "save": "files",
     "start": "jobs",
+    "view": "viewer",
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
@@ -30,6 +29,7 @@ SHOWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cost": (("solver", "iteration", "on_front"), ("forwards", "backwards", "cost", "drift")),
     "residuals": (("solver", "t", "iteration"), ("residual", "rms", "kurtosis", "autocorrelation")),
     "means": (("noise", "t"), ("drift", "psnr")),
+    "iterations": (("solver", "iteration"), ("drift", "psnr", "rms")),
     "maps": (("guidance", "t"), ("rms", "top_tenth")),
     "sweep": (("lam", "iters"), ("distance", "margin", "before", "psnr", "drift")),
     "invertibility": (("guidance",), ("moved", "psnr_edit", "distance", "psnr", "ssim", "lpips")),
@@ -217,6 +217,7 @@ def tables(subject: Subject, seed: int, plan: Plan, console: Console) -> Iterato
     upper = [t for t in plan.levels if t >= 300]  # below, all solvers agree
     yield run("residuals", d.residual_curves, subject, steps=upper, iters=plan.curve, draws=plan.draws)
     yield run("posterior means", d.posterior_means, subject, steps=plan.levels)
+    yield run("iterations", d.iterations, first, solvers=("grad", "picard_null"))
     yield run("gradients", d.gradient_maps, subject, guidances=plan.guidances, draws=plan.draws)
     options = {"lams": plan.lams, "iters": plan.iters, "steps": plan.sweep_steps}
     yield run("lambda and N", d.sweep, first, **options)
@@ -247,15 +248,10 @@ def section(table: Table) -> str:
 
 def as_html(rows: list[Row]) -> str:
     """Means as a table, with a standard error beside each mean that has one."""
-    names = [name for name in rows[0] if name != "n" and not name.endswith("_se")]
+    from splatedit.diagnostics import headings, with_error
+
+    names = headings(rows)
     return page.table(names, [[with_error(row, name) for name in names] for row in rows])
-
-
-def with_error(row: Row, name: str) -> str:
-    """A value, and its standard error if it has one."""
-    error = row.get(f"{name}_se", math.nan)
-    value = page.show(row[name])
-    return value if math.isnan(error) or error == 0 else f"{value} ± {error:.2g}"
 
 
 def as_csv(table: Table) -> str:

@@ -2,7 +2,8 @@
 whether an edit can be undone.
 
 Every function takes a Subject and a generator of all its randomness, and returns a Table: tidy rows (one observation
-each, down to the single view and draw), which `pandas.DataFrame(table.rows)` takes as they are, and `table.figure()`.
+each, down to the single view and draw), which `pandas.DataFrame(table.rows)` takes as they are, and `table.figure()`,
+as which a notebook shows it.
 `averaged` takes means over views and draws. The same subject and seed give the same rows bit for bit on a CPU.
 """
 
@@ -22,10 +23,11 @@ from torch import Tensor
 from splatedit.diffusion import SMALLEST, Draw, Guided, Text, denoising_errors, guided, repeat, with_noise
 from splatedit.distilling import Distiller, Method
 from splatedit.errors import InputError
-from splatedit.fpr import BACKWARD, SOLVERS, fpr, gap, moments
+from splatedit.fpr import BACKWARD, SOLVERS, fpr, moments
 from splatedit.guidance import GUIDANCE, Request
 from splatedit.images import SGD_STEP
 from splatedit.metrics import psnr, ssim
+from splatedit.page import show
 from splatedit.tuning import bind
 
 if TYPE_CHECKING:
@@ -103,6 +105,32 @@ class Subject:
         return torch.cat([self.prior.decode(one[None]) for one in z])
 
 
+class Rows(list[Row]):
+    """Rows with the same keys, which a notebook and a terminal show as a table."""
+
+    def __repr__(self) -> str:
+        if not self:
+            return "(no rows)"
+        lines = [columns := headings(self), *([with_error(row, name) for name in columns] for row in self)]
+        wide = [max(len(line[k]) for line in lines) for k in range(len(columns))]
+        text = ["| " + " | ".join(cell.ljust(n) for cell, n in zip(line, wide, strict=True)) + " |" for line in lines]
+        return "\n".join([text[0], "|" + "|".join("-" * (n + 2) for n in wide) + "|", *text[1:]])
+
+    _repr_markdown_ = __repr__
+
+
+def headings(rows: Sequence[Row]) -> list[str]:
+    """The columns worth reading: standard errors stand beside their means, and n is the same for all."""
+    return [name for name in rows[0] if name != "n" and not name.endswith("_se")]
+
+
+def with_error(row: Row, name: str) -> str:
+    """A value to four digits, and its standard error if it has one."""
+    error = row.get(f"{name}_se", math.nan)
+    value = show(row[name])
+    return value if math.isnan(error) or error == 0 else f"{value} ± {error:.2g}"
+
+
 class Table(NamedTuple):
     """What a diagnosis found."""
 
@@ -122,13 +150,21 @@ class Table(NamedTuple):
 
         return FIGURES[self.name](self)
 
+    def __repr__(self) -> str:
+        return f"<Table {self.name!r}, {len(self.rows)} rows of {', '.join(self.columns)}>"
 
-def averaged(rows: Sequence[Row], by: Sequence[str], values: Sequence[str]) -> list[Row]:
+    def _repr_png_(self) -> bytes:
+        from splatedit.figures import png
+
+        return png(self.figure())
+
+
+def averaged(rows: Sequence[Row], by: Sequence[str], values: Sequence[str]) -> Rows:
     """Means over the rows that agree in the columns `by`, NaN left out; `<value>_se` is the standard error, and n."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in by), []).append(row)
-    return [{**dict(zip(by, key, strict=True)), **spread(group, values)} for key, group in groups.items()]
+    return Rows({**dict(zip(by, key, strict=True)), **spread(group, values)} for key, group in groups.items())
 
 
 def spread(group: Sequence[Row], values: Sequence[str]) -> Row:
@@ -179,29 +215,23 @@ def drift(
 
 def path(subject: Subject, denoise: Guided, draw: Draw, solver: str, iters: int, lam: float) -> list[list[Row]]:
     """Drift, moments and price of the noise before the first and after each iteration, for each view."""
-    noises = [draw.noise]
-    # A search of k iterations is the beginning of one of k + 1, but only its last noise comes out.
-    searches = [fpr(denoise, subject.z, draw, subject.source_text, k, lam, solver) for k in range(1, iters + 1)]
-    noises += [search.noise for search in searches]
-    spent = [(0, 0), *((s.evaluations, s.backwards) for s in searches)]
-    found = []
-    for noise, (forwards, backwards) in zip(noises, spent, strict=True):
+    search = fpr(denoise, subject.z, draw, subject.source_text, iters, lam, solver)
+    whole, found = max(iters, 1) * len(subject.z), []
+    for k, noise in enumerate(search.trail):
         shares = drifts(subject, denoise, draw._replace(noise=noise)).tolist()
         shape = [part.tolist() for part in moments(noise)]
-        count = len(subject.z)
-        price = {"forwards": forwards / count, "backwards": backwards / count}
+        # Nothing here stops a search early, so that every iteration costs the same.
+        price = {"forwards": search.evaluations * k / whole, "backwards": search.backwards * k / whole}
         price["cost"] = price["forwards"] + BACKWARD * price["backwards"]
         names = ("drift", "rms", "kurtosis", "autocorrelation")
         found.append([{**dict(zip(names, row, strict=True)), **price} for row in zip(shares, *shape, strict=True)])
     return found
 
 
-@torch.no_grad()
 def drifts(subject: Subject, denoise: Guided, draw: Draw) -> Tensor:
     """|z - zhat| / |z| of each view (b,) at a draw, under the guided source prompt."""
-    x = draw.noised(subject.z)
     size = subject.z.flatten(1).norm(dim=1).clamp_min(1e-12)
-    return gap(subject.z, x, draw, denoise(x, draw.t, subject.source_text)) / size
+    return (subject.z - posterior_mean(subject, denoise, draw)).flatten(1).norm(dim=1) / size
 
 
 def cost_versus_drift(table: Table, steps: Sequence[int] | None = None) -> Table:
@@ -283,12 +313,8 @@ def posterior_means(
         refined = fpr(denoise, subject.z, draw, subject.source_text, iters, lam, solver).noise
         pair = []
         for name, noise in (("random", draw.noise), (solver, refined)):
-            x = draw._replace(noise=noise).noised(subject.z)
-            with torch.no_grad():
-                ehat = denoise(x, draw.t, subject.source_text)
-            mean = (x - draw.s * ehat) / draw.a.clamp_min(SMALLEST)
-            shares = drifts(subject, denoise, draw._replace(noise=noise)).tolist()
-            seen = subject.decode(mean)
+            now = draw._replace(noise=noise)
+            shares, seen = drifts(subject, denoise, now).tolist(), subject.decode(posterior_mean(subject, denoise, now))
             pair.append(seen)
             rows += [
                 {"noise": name, "t": t, "view": view, "drift": share, "psnr": psnr(seen[view], plain[view])}
@@ -302,6 +328,52 @@ def posterior_means(
         "Left is the source as the autoencoder sees it."
     )
     return Table("means", "Posterior means", says, rows, pictures)
+
+
+def iterations(
+    subject: Subject,
+    generator: torch.Generator,
+    *,
+    t: int = 500,
+    solvers: Sequence[str] = ("grad",),
+    iters: int = 3,
+    lam: float = 1.0,
+) -> Table:
+    """How the posterior mean comes nearer to the source, iteration by iteration, at one step t of a schedule of 1000.
+
+    The same draw for all solvers, and the guided source prompt. Rows: solver, t, view, iteration (0: noise as drawn),
+    drift, PSNR in dB to the decoded source, rms, kurtosis and autocorrelation of the noise. pictures: (views, solvers,
+    iters + 2, 3, h, w) in [0, 1]: the decoded source, then the posterior means.
+    """
+    for solver in solvers:
+        check_solver(solver)
+    denoise, plain, rows, strips = subject.denoise(), subject.decode(subject.z), [], []
+    ((at, _, draw),) = subject.draws((t,), 1, generator)
+    for solver in solvers:
+        strips.append([plain])
+        for k, noise in enumerate(fpr(denoise, subject.z, draw, subject.source_text, iters, lam, solver).trail):
+            now = draw._replace(noise=noise)
+            seen, shares = subject.decode(posterior_mean(subject, denoise, now)), drifts(subject, denoise, now)
+            strips[-1].append(seen)
+            for view, numbers in enumerate(zip(shares.tolist(), *(m.tolist() for m in moments(noise)), strict=True)):
+                found = dict(zip(("drift", "rms", "kurtosis", "autocorrelation"), numbers, strict=True))
+                rows.append(
+                    {"solver": solver, "t": at, "view": view, "iteration": k, **found}
+                    | {"psnr": psnr(seen[view], plain[view])}
+                )
+    says = (
+        f"What the model takes the source for, noised to t = {at}: posterior means under the guided source prompt, for "
+        "noise as drawn (k = 0) and after each iteration of the search. Left is the source as the autoencoder sees it."
+    )
+    pictures = torch.stack([torch.stack(strip, 1) for strip in strips], 1)
+    return Table("iterations", "Iteration by iteration", says, rows, pictures)
+
+
+@torch.no_grad()
+def posterior_mean(subject: Subject, denoise: Guided, draw: Draw) -> Tensor:
+    """zhat = (x - s ehat(x)) / a of the noised source x = a z + s e, (b, c, h, w), under the guided source prompt."""
+    x = draw.noised(subject.z)
+    return (x - draw.s * denoise(x, draw.t, subject.source_text)) / draw.a.clamp_min(SMALLEST)
 
 
 # -------------------------------------------------------------------------------------------------- where an edit pulls

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from splatedit.errors import InputError
@@ -41,6 +41,13 @@ def svg(figure: Figure) -> bytes:
     stream = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "splatedit", "svg.fonttype": "path"}):
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": "splatedit"})
+    return stream.getvalue()
+
+
+def png(figure: Figure, dpi: int = 100) -> bytes:
+    """A figure as PNG."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=dpi, metadata={"Software": "splatedit"})
     return stream.getvalue()
 
 
@@ -87,7 +94,13 @@ def of_drift(table: Table) -> Figure:
     steps = sorted({row["t"] for row in means})
     first = next(iter(row["solver"] for row in means))
     random = [{**row, "solver": "random"} for row in means if row["iteration"] == 0 and row["solver"] == first]
-    figure, ((left, *panels),) = new(1, 1 + len(steps), 3.4)
+    count = 1 + len(steps)
+    columns = min(count, 3 if count < 8 else 4)  # so that labels can still be read on a page
+    figure, grid = new(-(-count // columns), columns, 3.4, 2.9)
+    left, *panels = (axes for row in grid for axes in row)
+    for spare in panels[len(steps) :]:
+        spare.set_axis_off()
+    panels = panels[: len(steps)]
     curves(left, [*random, *(row for row in means if row["iteration"] == last)], "t", "drift", "solver")
     left.set_title(f"after {last} iterations")
     for axes, t in zip(panels, steps, strict=True):
@@ -137,6 +150,39 @@ def picture(axes: Any, image: Tensor, title: str = "") -> None:
     axes.imshow(shown.clamp(0, 1).permute(1, 2, 0).numpy() if shown.ndim == 3 else shown.numpy(), cmap="magma")
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=8)
+
+
+def strips(rows: Mapping[str, Tensor], titles: Mapping[str, Sequence[str]] | Sequence[str] = ()) -> Figure:
+    """Rows of pictures (n, 3, h, w) in [0, 1] or of maps (n, h, w), a name left of each row.
+
+    titles: above the pictures of every row, or of the row of that name; without them the rows stand close together.
+    """
+    above = titles if isinstance(titles, Mapping) else {next(iter(rows)): titles}
+    close = not isinstance(titles, Mapping)
+    figure, grid = new(len(rows), max(map(len, rows.values())), 1.5, 1.55 if close else 1.75)
+    for (name, pictures), line in zip(rows.items(), grid, strict=True):
+        heads = [*above.get(name, ()), *[""] * len(line)]
+        for axes in line[len(pictures) :]:
+            axes.set_axis_off()
+        for axes, image, head in zip(line, pictures, heads, strict=False):
+            picture(axes, image, head)
+        line[0].set_ylabel(name, fontsize=9)
+    return figure
+
+
+def of_iterations(table: Table) -> Figure:
+    """A strip for each solver and view: the source, then the posterior mean after each iteration."""
+    assert table.pictures is not None
+    solvers, views = (list(dict.fromkeys(row[key] for row in table.rows)) for key in ("solver", "view"))
+    names = {(g, v): name if len(views) == 1 else f"{name}, {v}" for g, name in enumerate(solvers) for v in views}
+    drift = {(row["solver"], row["view"], row["iteration"]): row["drift"] for row in table.rows}
+    last = max(row["iteration"] for row in table.rows)
+    titles = {
+        names[g, v]: ["source", *(f"k = {k}, drift {drift[name, v, k]:.3f}" for k in range(last + 1))]
+        for g, name in enumerate(solvers)
+        for v in views
+    }
+    return strips({name: table.pictures[v, g] for (g, v), name in names.items()}, titles)
 
 
 def of_means(table: Table) -> Figure:
@@ -223,6 +269,7 @@ FIGURES: dict[str, Callable[[Table], Figure]] = {
     "cost": of_cost,
     "residuals": of_residuals,
     "means": of_means,
+    "iterations": of_iterations,
     "maps": of_maps,
     "sweep": of_sweep,
     "invertibility": of_invertibility,

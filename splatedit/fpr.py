@@ -39,6 +39,7 @@ class FPR(NamedTuple):
     iterations: Tensor  # (b,) that went into `noise`
     evaluations: int  # rows sent forward through the network
     backwards: int  # rows sent back
+    trail: Tensor  # (k + 1, b, c, h, w) the noise before each iteration and after the last, which is `noise`
     score: Tensor | None = None  # (b, c, h, w) guided ehat of the source at `noise`, where the search came by it
 
     @property
@@ -256,7 +257,7 @@ def merged(rows: list[Tensor], parts: list[FPR], k: int) -> FPR:
     order = torch.cat(rows).argsort()
 
     def beside(tables: list[Tensor], height: int) -> Tensor:
-        blank = [table if len(table) else table.new_full((1, table.shape[1]), math.nan) for table in tables]
+        blank = [table if len(table) else table.new_full((1, *table.shape[1:]), math.nan) for table in tables]
         return torch.cat([t[torch.arange(height).clamp_max(len(t) - 1)] for t in blank], 1)[:, order]
 
     scores = [part.score for part in parts if part.score is not None]
@@ -269,6 +270,7 @@ def merged(rows: list[Tensor], parts: list[FPR], k: int) -> FPR:
         iterations=torch.cat([part.iterations for part in parts])[order],
         evaluations=sum(part.evaluations for part in parts),
         backwards=sum(part.backwards for part in parts),
+        trail=beside([part.trail for part in parts], k + 1),
         score=torch.cat(scores)[order] if len(scores) == len(parts) else None,
     )
 
@@ -299,7 +301,7 @@ class Search:
         self.score, self.scored = torch.zeros_like(z), torch.zeros_like(self.going)  # of the accepted, where known
         self.evaluations = self.backwards = 0
         self.residuals: list[Tensor] = []
-        self.moments: list[tuple[Tensor, ...]] = []
+        self.trail: list[Tensor] = []
 
     def look(self, last: bool = False) -> Look:
         """Evaluate the samples still going at `here`; for the others the numbers mean nothing.
@@ -366,7 +368,7 @@ class Search:
     def note(self) -> None:
         """Write down residual and noise of the accepted iterates."""
         self.residuals.append(self.residual)
-        self.moments.append(moments(self.kept.noise))
+        self.trail.append(self.kept.noise.detach())
 
     def move(self, after: Point) -> None:
         """Go on to `after`. An overflow in half precision costs that sample this step, not the run."""
@@ -392,7 +394,8 @@ class Search:
         score = self.settle() if self.keep_best else None
         noise = self.here.noise.detach()
         residuals = torch.stack(self.residuals) if self.residuals else self.residual[:0].view(0, len(noise))
-        rms, kurtosis, autocorrelation = (torch.stack(c) for c in zip(*self.moments, moments(noise), strict=True))
+        trail = torch.stack([*self.trail, noise])
+        rms, kurtosis, autocorrelation = (m.view(len(trail), -1) for m in moments(trail.flatten(0, 1)))
         return FPR(
             noise,
             residuals.masked_fill(residuals.isinf(), math.nan),
@@ -402,6 +405,7 @@ class Search:
             self.steps,
             self.evaluations,
             self.backwards,
+            trail,
             score,
         )
 

@@ -269,6 +269,38 @@ def test_averages_and_their_errors():
     assert y["v"] == 5.0 and math.isnan(y["v_se"])
 
 
+def test_iterations_show_what_drift_measures():
+    """The same draw as `drift` at that step: the same numbers; and the pictures are the decoded posterior means."""
+    one, solvers = subject(Modes()), ("grad", "picard_null")
+    table = diagnostics.iterations(one, seeded(3), t=700, solvers=solvers, iters=2)
+    drift = diagnostics.drift(one, seeded(3), steps=(700,), solvers=solvers, iters=2)
+    plain = one.decode(one.z)
+    assert len(table.rows) == len(drift.rows) == 2 * 2 * 3 and table.pictures.shape[:3] == (2, 2, 4)
+    for row, known in zip(table.rows, drift.rows, strict=True):
+        for key in ("solver", "t", "view", "iteration", "drift", "rms", "kurtosis"):
+            assert row[key] == known[key]
+        strip = table.pictures[row["view"], solvers.index(row["solver"])]
+        assert torch.equal(strip[0], plain[row["view"]])
+        error = (strip[row["iteration"] + 1] - plain[row["view"]]).square().mean()
+        assert row["psnr"] == pytest.approx(-10 * math.log10(float(error)), rel=1e-6)
+
+
+def test_a_notebook_shows_rows_as_a_table_and_a_table_as_its_figure():
+    rows = [{"solver": "grad", "v": value} for value in (1.0, 2.0)] + [{"solver": "picard_null", "v": 0.123456}]
+    expected = [
+        "| solver      | v         |",
+        "|-------------|-----------|",
+        "| grad        | 1.5 ± 0.5 |",
+        "| picard_null | 0.1235    |",
+    ]
+    found = diagnostics.averaged(rows, ("solver",), ("v",))
+    assert found._repr_markdown_().splitlines() == repr(found).splitlines() == expected
+    assert found[0]["v"] == 1.5 and repr(diagnostics.Rows()) == "(no rows)"
+    table = diagnostics.drift(subject(Affine()), seeded(), steps=(300,), solvers=("picard",), iters=1)
+    assert table._repr_png_().startswith(b"\x89PNG")
+    assert repr(table).startswith("<Table 'drift', 4 rows of solver, t, draw, view, ")
+
+
 def test_pictures_become_latents():
     pictures = torch.rand(2, 3, 16, 24, generator=seeded(), dtype=torch.float64).clamp(0.1, 0.9)
     one = Subject(ToyPrior(Affine()), "source", pictures=pictures)
@@ -303,6 +335,7 @@ def test_every_table_has_its_figure():
         diagnostics.cost_versus_drift(drift),
         diagnostics.residual_curves(one, seeded(), steps=(300, 700), iters=3),
         diagnostics.posterior_means(one, seeded(), steps=(300, 700)),
+        diagnostics.iterations(one, seeded(), solvers=("grad", "picard"), iters=2),
         diagnostics.gradient_maps(one, seeded(), guidances=("sds", "dds"), steps=(300, 700)),
         diagnostics.sweep(one, seeded(), lams=(1.0, 3.0), iters=(0, 1), steps=2),
         diagnostics.invertibility(one, seeded(), guidances=("dds", "ids"), steps=2),

@@ -342,6 +342,16 @@ def test_the_history_tells_what_the_noise_has_become(modes):
     way = [fpr(modes.denoise, z, draw, modes.source, n, solver="picard_null").noise for n in range(3)]
     for name, column in zip(("rms", "kurtosis", "autocorrelation"), zip(*map(moments, way), strict=True), strict=True):
         exact(getattr(found, name), torch.stack(column))
+    exact(found.trail, torch.stack(way))
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_best": True}, {"stop": 0.3}, {"t_range": (400, 600)}])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_trail_leads_from_the_drawn_noise_to_the_refined(solver, options, modes):
+    z, draw = normal(3, *SHAPE, seed=5), draw_at([200, 500, 800], normal(3, *SHAPE, seed=6))
+    found = fpr(modes.denoise, z, draw, modes.source, 3, 1.0, solver, **options)
+    assert torch.equal(found.trail[0], draw.noise) and torch.equal(found.trail[-1], found.noise)
+    exact(found.rms, found.trail.square().mean((2, 3, 4)).sqrt())
 
 
 def test_moments_of_white_noise_and_of_a_chequerboard():

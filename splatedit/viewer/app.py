@@ -2,48 +2,85 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
-import queue
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from splatedit.config import Config
 from splatedit.errors import InputError
-from splatedit.viewer.server import serve
-from splatedit.viewer.stage import Shown, Stage
+from splatedit.viewer import framing
+from splatedit.viewer.server import Served, serve
+from splatedit.viewer.stage import Shown, Stage, continued, opened
 
 if TYPE_CHECKING:
     import viser
 
+    from splatedit.gaussians import Gaussians
     from splatedit.jobs import Job
 
 LOG = logging.getLogger(__name__)
+FAREWELL = 2.0  # seconds that the end of the program waits for what a thread is at
 
 
 class App:
-    """A viewer that is open: what it shows is `stage.shown`, what its Edit panel asks for is `config`."""
+    """A viewer that is open: what it shows is `stage.shown`, what its Edit panel asks for is `config`.
 
-    def __init__(self, shown: Shown, config: Config | None = None, *, host: str = "127.0.0.1", port: int = 0):
+    Leave it open as long as it shall be looked at; `close` it, or use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        shown: Shown,
+        config: Config | None = None,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        origins: Sequence[str] = (),
+        served: Served | None = None,
+    ):
+        """Open a viewer; host, port, origins: as of `server.serve`; served: a server that runs already."""
         from splatedit.viewer.panels import PANELS
 
         self.stage = Stage(shown)
         self.config = config or Config(scene=str(shown.path or ""))
         self.job: Job | None = None
-        self.server, self.token = serve(host, port)
+        self.begun: Gaussians | None = None  # the source of the newest one that has begun
+        self.finished: Job | None = None  # the newest one whose end was told
+        self.unseen: deque[tuple[str, str, Literal["red", "green", "blue"]]] = deque(maxlen=20)
+        self.closed = threading.Event()
+        self.served = served or serve(host, port, origins=origins)
+        self.server, self.token = self.served
         self.quick, self.slow = Worker("actions"), Worker("background")
+        # viser would stop the server when the program ends, which takes seconds once a browser has been there.
+        for stop in (self.server.stop, self.server._websock_server.stop):
+            atexit.unregister(stop)
+        atexit.register(self.leave)
+        self.aim(shown)
+        self.stage.listeners.append(self.turn)
+        for name in ("splat_display", "frame_display"):
+            if find_spec(f"splatedit.viewer.{name}"):
+                import_module(f"splatedit.viewer.{name}").start(self)
         tabs = self.server.gui.add_tab_group()
         for name, build in PANELS.items():
             with tabs.add_tab(name):
                 build(self)
+        self.server.on_client_connect(self.act(self.welcome))
+        self.server.on_client_disconnect(self.act(lambda _: self.count()))
 
     @property
     def url(self) -> str:
         """The secret address."""
-        return f"http://127.0.0.1:{self.server.get_port()}/{self.token}/"
+        return self.served.url
 
+    # ------------------------------------------------------------------------------------------------------- callbacks
     def act(self, handler: Callable[[Any], None], *, newest: bool = False, slow: bool = False) -> Callable[[Any], None]:
         """A viser callback that hands its event to `handler` on one thread, in order; errors become notifications.
 
@@ -76,9 +113,13 @@ class App:
         color: Literal["red", "green", "blue"] = "red",
         client: viser.ClientHandle | None = None,
     ) -> None:
-        """Show a message to one browser, or to all."""
-        clients = [client] if client is not None else list(self.server.get_clients().values())
-        for each in clients:
+        """Show a message to one browser, or to all if it is gone; if there is none, to the next one that comes."""
+        there = self.server.get_clients()
+        asked = None if client is None else there.get(client.client_id)
+        told = list(there.values()) if asked is None else [asked]
+        if not told:
+            self.unseen.append((title, body, color))
+        for each in told:
             each.add_notification(title, body, color=color, auto_close_seconds=None if color == "red" else 5.0)
 
     def hotkey(self, label: str, key: str, handler: Callable[[Any], None], modifier: str | None = None) -> None:
@@ -86,41 +127,203 @@ class App:
         command = self.server.gui.add_command(label, hotkey=key, modifier=modifier)  # type: ignore[arg-type]
         command.on_trigger(self.act(handler))
 
+    # -------------------------------------------------------------------------------------------------------- browsers
+    def welcome(self, client: viser.ClientHandle) -> None:
+        """A browser has come, or come back."""
+        self.count()
+        if client.camera.aspect < 1:  # the server's first camera is for windows that are wider than high
+            framing.move(client, *frame(self.stage.shown))
+        while self.unseen:
+            title, body, color = self.unseen.popleft()
+            self.notify(title, body, color=color)
+
+    def count(self) -> None:
+        self.stage.clients = len(self.server.get_clients())
+
+    def aim(self, shown: Shown) -> None:
+        """Browsers that come look at the whole scene."""
+        framing.aim(self.server, *frame(shown))
+
+    def turn(self, shown: Shown, fields: frozenset[str]) -> None:
+        """Follow the stage: another scene is looked at from where all of it is seen."""
+        if fields & {"extent", "up"}:
+            self.aim(shown)
+            for client in self.server.get_clients().values():
+                framing.move(client, *frame(shown))
+
+    # ---------------------------------------------------------------------------------------------------- what is shown
     def open_file(self, path: Path) -> None:
-        """Show another splat file, as source and as current state."""
+        """Show another splat file, as source and as current state; returns at once, what goes wrong is notified."""
+        self.act(self.replace_scene, slow=True)(path)
+
+    def replace_scene(self, path: Path) -> None:
+        """Load a splat file and show it; raises InputError if it cannot be read, or an edit is under way."""
+        self.check_idle()
+        shown = read(path, background=self.stage.shown.background)
+        self.check_idle()
+        self.config = replace(self.config, scene=str(path), source_prompt=None)
+        self.stage.change(
+            **{name: getattr(shown, name) for name in ("source", "current", "extent", "up", "path")},
+            rows=None,
+            pull=None,
+            selection=None,
+        )
+
+    def check_idle(self) -> None:
+        """Raise InputError while an edit is under way."""
+        if self.job is not None and not self.job.ended:
+            raise InputError("an edit is under way; stop it first, or wait for its end.")
 
     def follow(self, job: Job) -> None:
-        """Show an edit as it goes on: each of its steps becomes the current state."""
+        """Show an edit as it goes on: each of its steps becomes the current state; raises InputError during another."""
+        if job is not self.job:
+            self.check_idle()
+        self.job = job
+        job.listen(self.act(self.take, newest=True))
+
+    def take(self, job: Job) -> None:
+        """Show how far the edit has come, and its end, once."""
+        if job is not self.job:
+            return
+        shown, fields = self.stage.shown, {}
+        if job.source is not None and job.source is not self.begun:
+            self.begun = job.source
+            fields |= begun(job, shown)
+        if (step := job.last) is not None:
+            rows, pull = (None if part is None else part.to("cpu") for part in (step.rows, step.pull))
+            fields |= {"current": step.gaussians.to("cpu"), "rows": rows, "pull": pull}
+        if fields:
+            self.stage.change(**fields)
+        if job.ended and job is not self.finished:
+            self.finished = job
+            self.act(self.finish, slow=True)(job)
+
+    def finish(self, job: Job) -> None:
+        """Say how the edit ended, and show what it has written."""
+        if job.error is not None and not isinstance(job.error, InputError):
+            LOG.error("viewer: the edit failed", exc_info=job.error)
+            self.notify("The edit failed", f"{type(job.error).__name__}: {job.error}")
+        elif job.error is not None:
+            stopped = job.state == "stopped"
+            self.notify("The edit was stopped" if stopped else "The edit failed", str(job.error), color=CALM[stopped])
+        else:
+            where = "" if job.outcome is None else f"; written to {job.outcome.edited}"
+            self.notify(f"The edit is {job.state}", f"after {job.done} of {job.steps} steps{where}.", color="green")
+        if job.outcome is None or job is not self.job:
+            return
+        result, shown = job.result(), self.stage.shown
+        rows = shown.rows if shown.current.n == result.n else continued(shown.source, result)
+        self.stage.change(current=result, rows=rows, path=Path(job.outcome.edited))
+
+    # -------------------------------------------------------------------------------------------------------- lifetime
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether the viewer is closed, after `timeout` seconds at most (None: as long as it takes)."""
+        return self.closed.wait(timeout)
 
     def close(self) -> None:
-        """Stop serving; returns at once."""
-        threading.Thread(target=self.server.stop, daemon=True).start()  # takes seconds once a browser has been here
+        """Stop serving, and the threads; returns at once. An edit that is under way goes on."""
+        if self.closed.is_set():
+            return
+        self.closed.set()
+        atexit.unregister(self.leave)
+        self.stage.close()
+        self.quick.close()
+        self.slow.close()
+        # Once a browser has been here this takes six seconds.
+        threading.Thread(target=self.server.stop, name="splatedit-stop", daemon=True).start()
+
+    def leave(self) -> None:
+        """The program ends: let threads come out of torch, in which a thread that is cut off can crash the process."""
+        self.close()
+        for worker in (self.quick, self.slow):
+            worker.thread.join(FAREWELL)
+
+    def __enter__(self) -> App:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+
+CALM: dict[bool, Literal["red", "blue"]] = {True: "blue", False: "red"}
+
+
+def frame(shown: Shown) -> tuple[Any, float, str]:
+    """What `framing` asks for: centre, radius and up of a scene."""
+    return shown.extent.centre.numpy(), shown.extent.radius, shown.up
+
+
+def begun(job: Job, shown: Shown) -> dict[str, Any]:
+    """The fields that an edit changes when it begins; what stays the same scene keeps its place and its selection."""
+    assert job.source is not None
+    up = job.config.up if job.config is not None else None
+    new = opened(job.source, up=up or shown.up)
+    fields: dict[str, Any] = {"source": new.source, "current": new.source, "rows": None, "pull": None}
+    same = bool((new.extent.centre == shown.extent.centre).all()) and new.extent.radius == shown.extent.radius
+    if not same or new.up != shown.up:
+        fields |= {"extent": new.extent, "up": new.up}
+    if new.source.n != shown.source.n:
+        fields["selection"] = None
+    return fields
+
+
+def read(
+    scene: str | Path | Gaussians,
+    other: str | Path | Gaussians | None = None,
+    *,
+    up: str | None = None,
+    background: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> Shown:
+    """What to show of a scene, or of two: the second one is the current state. Raises InputError."""
+    from splatedit.files import load, sidecar
+    from splatedit.gaussians import Gaussians
+
+    source = scene if isinstance(scene, Gaussians) else load(scene)
+    current = other if other is None or isinstance(other, Gaussians) else load(other)
+    if up is None and not isinstance(scene, Gaussians):
+        up = sidecar(scene).up
+    newest = scene if other is None else other
+    path = None if isinstance(newest, Gaussians) else Path(newest)
+    return opened(source, current, path=path, up=up, background=background)
 
 
 class Worker:
     """A thread that runs what it is given, one after the other."""
 
     def __init__(self, name: str):
-        self.waiting: queue.Queue[object] = queue.Queue()
+        self.waiting: deque[object] = deque()
         self.newest: dict[object, Callable[[], None]] = {}
-        self.lock = threading.Lock()
-        threading.Thread(target=self.work, name=f"splatedit-{name}", daemon=True).start()
+        self.changed = threading.Condition()
+        self.closed = False
+        self.thread = threading.Thread(target=self.work, name=f"splatedit-{name}", daemon=True)
+        self.thread.start()
 
     def put(self, call: Callable[[], None], key: object = None) -> None:
         """Run `call` when its turn comes; one of the same key that still waits is replaced, and keeps its place."""
-        if key is None:
-            self.waiting.put(call)
-            return
-        with self.lock:
-            first = key not in self.newest
-            self.newest[key] = call
-        if first:
-            self.waiting.put(key)
+        with self.changed:
+            if key is None:
+                self.waiting.append(call)
+            else:
+                if key not in self.newest:
+                    self.waiting.append(key)
+                self.newest[key] = call
+            self.changed.notify_all()
+
+    def close(self) -> None:
+        """End the thread after what it is at; what waits is dropped."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
 
     def work(self) -> None:
         while True:
-            item = self.waiting.get()
-            if not callable(item):
-                with self.lock:
-                    item = self.newest.pop(item)
-            item()
+            with self.changed:
+                self.changed.wait_for(lambda: self.closed or self.waiting)
+                if self.closed:
+                    return
+                item = self.waiting.popleft()
+                call = item if callable(item) else self.newest.pop(item)
+            try:
+                call()
+            except Exception:  # App.guard lets none through; whatever else does must not end the thread
+                LOG.exception("viewer: %s", self.thread.name)

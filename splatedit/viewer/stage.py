@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from splatedit.cameras import Bounds, bounds, guess_up
+from splatedit.cameras import Bounds, bounds, check_up, guess_up
 from splatedit.gaussians import Gaussians
 
 
@@ -41,8 +42,17 @@ def opened(
 ) -> Shown:
     """The first state for a scene; current: what it is compared with, None: the scene itself."""
     source = source.detach().to("cpu")
-    current = source if current is None else current.detach().to("cpu")
-    return Shown(source, current, bounds(source), up or guess_up(source), path, background=background)
+    up = check_up(up) if up else guess_up(source)
+    if current is None:
+        return Shown(source, source, bounds(source), up, path, background=background)
+    current = current.detach().to("cpu")
+    rows = continued(source, current)
+    return Shown(source, current, bounds(source), up, path, rows, background=background)
+
+
+def continued(source: Gaussians, current: Gaussians) -> Tensor | None:
+    """Rows, as of `Shown`, of two scenes of which nothing else is known: of equal length they are one by one the same."""
+    return None if source.n == current.n else torch.full((current.n,), -1)
 
 
 class Stage:
@@ -65,7 +75,7 @@ class Stage:
         return shown
 
     def wait(self, version: int, timeout: float | None = None) -> Shown:
-        """The newest state, once it is newer than `version`; whatever it is after `timeout` seconds or when `closed`."""
+        """The newest state, once newer than `version`; whatever it is after `timeout` seconds, or when `closed`."""
         with self.changed:
             self.changed.wait_for(lambda: self.closed or self.shown.version > version, timeout)
             return self.shown

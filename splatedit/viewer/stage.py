@@ -51,7 +51,7 @@ def opened(
 
 
 def continued(source: Gaussians, current: Gaussians) -> Tensor | None:
-    """Rows, as of `Shown`, of two scenes of which nothing else is known: of equal length they are one by one the same."""
+    """Rows, as of `Shown`, of two scenes of which no more is known: of equal length they are one by one the same."""
     return None if source.n == current.n else torch.full((current.n,), -1)
 
 

@@ -31,6 +31,7 @@ from splatedit.render import WHITE
 
 if TYPE_CHECKING:
     from splatedit.editing import Step
+    from splatedit.jobs import Job
     from splatedit.metrics import Report
 
 Bundle = dict[str, Any]  # media type to content, as Jupyter takes it
@@ -191,6 +192,37 @@ def step_bundle(step: Step) -> Bundle:
     line = f"{escape(repr(step)[5:-1])}, {sum(step.seconds.values()):.2f} s"
     strip = sheet(to_bytes(step.image), len(step.image))
     return bundle(repr(step), f'<div>{image(strip, repr(step))}<div style="margin-top: 4px">{line}</div></div>')
+
+
+def job_bundle(job: Job) -> Bundle:
+    """How far an edit is, with a picture of it."""
+    from splatedit.notebook import complaint
+
+    share = job.done / max(job.steps, 1)
+    bar = (
+        '<div style="width: 220px; height: 10px; background: #8884; border-radius: 5px">'
+        f'<div style="width: {share:.1%}; height: 10px; background: #2a6fc9; border-radius: 5px"></div></div>'
+    )
+    said = [f"<b>{job.state}</b>", bar, escape(job_numbers(job))]
+    if job.error is not None:
+        said.append(f'<span style="color: #b3261e">{escape(complaint(job.error))}</span>')
+    picture = thumbnail(job.snapshot(), up=job.config.up if job.config else None) if job.source is not None else None
+    shown = image(picture, repr(job)) if picture is not None else ""
+    lines = "".join(f'<div style="margin: 4px 0">{line}</div>' for line in said)
+    return bundle(repr(job), f'<div style="{CARD}">{shown}<div>{lines}</div></div>')
+
+
+def job_numbers(job: Job) -> str:
+    """Where an edit is, in a line: steps, loss, distance to the source, drift, pace and what is left."""
+    said = [f"{job.done} of {job.steps} steps"]
+    if (last := job.last) is not None:
+        said += [f"loss {last.loss:.4g}", f"{last.psnr_to_source:.1f} dB to the source"]
+        said += [f"drift {last.residuals[-1]:.3g}"] if last.residuals else []
+    if job.pace is not None:
+        said.append(f"{job.pace:.2f} s a step")
+    if not job.ended and job.seconds_left is not None:
+        said.append(f"{job.seconds_left:.0f} s left")
+    return ", ".join(said)
 
 
 def report_bundle(report: Report) -> Bundle:

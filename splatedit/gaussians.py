@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from splatedit.viewer.app import App
 
 # Rows of shN per spherical-harmonic degree: (degree + 1)^2 - 1, the constant term lives in sh0.
 SH_REST = {0: 0, 1: 3, 2: 8, 3: 15}
@@ -65,11 +62,11 @@ class Gaussians(NamedTuple):
 
         return gaussians_bundle(self)
 
-    def show(self, other: Gaussians | None = None, **more: Any) -> App:
+    def show(self, other: Gaussians | None = None, **more: Any) -> None:
         """Open the live viewer in the cell of a notebook, below a picture that stays; see `notebook.show_gaussians`."""
         from splatedit.notebook import show_gaussians
 
-        return show_gaussians(self, other, **more)
+        show_gaussians(self, other, **more)
 
     def to(self, device: str | torch.device) -> Gaussians:
         """The same Gaussians with their six tensors on `device`."""

@@ -80,6 +80,7 @@ class Job:
         self._spent: deque[float] = deque(maxlen=RECENT)
         self._listeners: list[Callable[[Job], None]] = []
         self._result: Gaussians | None = None
+        self.awaited: list[Callable[[Job], None]] = []  # called by whoever has waited for the end, in his thread
         self.thread = threading.Thread(target=self._work, args=(edit,), name="splatedit-edit", daemon=True)
 
     # ------------------------------------------------------------------------------------------------------- to ask
@@ -119,7 +120,10 @@ class Job:
     def wait(self, timeout: float | None = None) -> bool:
         """Whether the job has ended, after `timeout` seconds at most (None: as long as it takes)."""
         with self._changed:
-            return self._changed.wait_for(lambda: self.ended, timeout)
+            ended = self._changed.wait_for(lambda: self.ended, timeout)
+        for callback in tuple(self.awaited) if ended else ():
+            callback(self)
+        return ended
 
     def result(self, timeout: float | None = None) -> Gaussians:
         """Wait for the end and return the edited splats: after a stop what was done until then.
@@ -150,6 +154,34 @@ class Job:
             ended = self.ended
         if ended:
             callback(self)
+
+    # ---------------------------------------------------------------------------------------------------- in a notebook
+    def __repr__(self) -> str:
+        from splatedit.displays import job_numbers
+
+        return f"Job({self.state}, {job_numbers(self)})"
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]:
+        from splatedit.displays import job_bundle
+
+        return job_bundle(self)
+
+    def _ipython_display_(self) -> None:
+        from splatedit.notebook import display_job
+
+        display_job(self)
+
+    def show(self, **more: Any) -> None:
+        """Open the live viewer of the edit in the cell, below a picture that stays; see `notebook.show_job`."""
+        from splatedit.notebook import show_job
+
+        show_job(self, **more)
+
+    def progress(self) -> Any:
+        """A widget with the progress and buttons, see `notebook.progress`."""
+        from splatedit.notebook import progress
+
+        return progress(self)
 
     # ------------------------------------------------------------------------------------------------------- to steer
     def pause(self) -> None:

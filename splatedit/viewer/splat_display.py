@@ -1,0 +1,151 @@
+"""The splats in the browsers: sent when they have changed, the newest only, as fast as a budget of bytes allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from splatedit.gaussians import Gaussians
+from splatedit.viewer import display
+from splatedit.viewer.encoding import BYTES, Encoded, Place, encode, place
+from splatedit.viewer.pace import CLOCK, Clock, Pace
+from splatedit.viewer.stage import Shown, Stage
+
+if TYPE_CHECKING:
+    import viser
+
+RATE = 8e6  # bytes a second, to all browsers together
+LEAST = 0.25  # seconds between two updates
+REST = 15.0  # while an edit is at work: seconds of rest for each second that an update took
+SETTLED = 2.0  # seconds without a change, after which the node is made anew
+LINGER = 20.0  # seconds that a node stays hidden before it is dropped: hidden splats cost the browser as much as others
+
+
+class Node:
+    """Splats in the browser's scene."""
+
+    def __init__(self, handle: Any, picture: Gaussians, at: Place, encoded: Encoded, visible: bool):
+        self.handle, self.picture, self.at, self.encoded, self.visible = handle, picture, at, encoded, visible
+        self.updated = False  # since it was made: who joins then gets the splats twice, as made and as updated
+        self.used = 0.0  # when it was last looked at
+
+
+class SplatDisplay:
+    """Keeps the splats in all browsers as the stage has them; `serve` is called by one thread.
+
+    Two nodes at most, source and the rest, of which one is visible: a look back and forth costs no splats. While no
+    browser is there nothing is encoded until the scene has settled; the server keeps that for who comes.
+    """
+
+    def __init__(
+        self,
+        server: viser.ViserServer,
+        stage: Stage,
+        pictures: display.Pictures,
+        busy: Callable[[], bool],
+        say: Callable[[display.Told], None] = lambda told: None,
+        clock: Clock = CLOCK,
+        rate: float = RATE,
+    ):
+        self.server, self.stage, self.pictures = server, stage, pictures
+        self.busy, self.say, self.clock = busy, say, clock
+        self.pace = Pace(rate, LEAST)
+        self.nodes: dict[str, Node] = {}
+        self.newest: Gaussians | None = None
+        self.changed = -SETTLED  # when the newest picture was first seen; the first one counts as settled
+
+    def serve(self) -> float | None:
+        """Do what is due; returns the seconds until something else is, None: nothing until the stage changes."""
+        shown, now = self.stage.shown, self.clock()
+        if display.in_use(shown, self.pictures) != "splats":
+            self.reveal(None)
+            return self.tidy(now)
+        picture = self.pictures.of(shown)
+        if picture is not self.newest:
+            first = self.newest is None
+            self.newest, self.changed = picture, now - SETTLED * first
+        name = self.name(shown, picture)
+        node, at = self.nodes.get(name), place(shown.extent)
+        if node is None or node.picture is not picture or node.at != at:
+            if wait := self.held(name, now):
+                return wait
+            self.send(name, picture, at)
+        self.reveal(name)
+        if node := self.nodes.get(name):
+            node.used = now
+            self.say(display.Told("splats", picture.n, node.encoded.undrawable, node.encoded.faint))
+        return self.tidy(self.clock())
+
+    def name(self, shown: Shown, picture: Gaussians) -> str:
+        """The node for a picture: one that holds it already, or that of its look."""
+        for name, node in self.nodes.items():
+            if node.picture is picture:
+                return name
+        return "before" if shown.look == "before" else "after"
+
+    def held(self, name: str, now: float) -> float:
+        """Seconds that sending has to wait; 0: it may be done."""
+        if self.server.get_clients():
+            return max(self.pace.ready - now, 0.0)
+        if name in self.nodes:  # else who comes would be sent what is old, and then what is new
+            self.nodes.pop(name).handle.remove()
+        return max(self.changed + SETTLED - now, 0.0)
+
+    def send(self, name: str, picture: Gaussians, at: Place) -> None:
+        """Make the node hold this picture, in place if it can, and show it; without splats there is no node."""
+        begun = self.clock()
+        encoded = encode(picture, at, display.SPLATS)
+        old = self.nodes.get(name)
+        with self.server.atomic():
+            if encoded.n == 0:
+                if old:
+                    self.nodes.pop(name).handle.remove()
+            elif old and old.at == at:
+                old.handle.set_gaussians(encoded.centers, encoded.covariances, encoded.rgbs, encoded.opacities)
+                old.picture, old.encoded, old.updated = picture, encoded, True
+            else:
+                self.make(name, picture, at, encoded)
+            self.reveal(name)
+        self.spent(encoded, begun)
+
+    def make(self, name: str, picture: Gaussians, at: Place, encoded: Encoded) -> None:
+        """Add the node, or put another in its place."""
+        handle = self.server.scene.add_gaussian_splats(
+            f"/splats/{name}",
+            centers=encoded.centers,
+            covariances=encoded.covariances,
+            rgbs=encoded.rgbs,
+            opacities=encoded.opacities,
+            scale=at.scale,
+            position=at.position,
+        )
+        self.nodes[name] = Node(handle, picture, at, encoded, visible=True)
+
+    def spent(self, encoded: Encoded, begun: float) -> None:
+        """Note what an update has cost."""
+        now = self.clock()
+        sent = encoded.n * BYTES * len(self.server.get_clients())
+        self.pace.spend(now, sent, rest=REST * (now - begun) if self.busy() else 0.0)
+
+    def reveal(self, name: str | None) -> None:
+        """Show this node and hide the other, in one step."""
+        turned = [(key, node) for key, node in self.nodes.items() if node.visible != (key == name)]
+        if turned:
+            with self.server.atomic():
+                for key, node in turned:
+                    node.handle.visible = node.visible = key == name
+
+    def tidy(self, now: float) -> float | None:
+        """Drop nodes that nobody looks at any more, make one anew that was updated in place; seconds to the next."""
+        due: list[float] = []
+        for name, node in list(self.nodes.items()):
+            if not node.visible:
+                due.append(node.used + LINGER)
+                if due[-1] <= now:
+                    self.nodes.pop(name).handle.remove()
+            elif node.updated:
+                due.append(max(self.changed + SETTLED, self.pace.ready))
+                if due[-1] <= now:
+                    self.make(name, node.picture, node.at, node.encoded)
+                    self.spent(node.encoded, now)
+        return max(min(due) - now, 0.05) if due else None

@@ -7,6 +7,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from PIL import Image
+
 from splatedit.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,6 +52,11 @@ def png(figure: Figure, dpi: int = 100) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=dpi, metadata={"Software": "splatedit"})
     return stream.getvalue()
+
+
+def pixels(figure: Figure, dpi: int = 100) -> np.ndarray:
+    """A figure as a picture (h, w, 3) uint8, such as one frame of `displays.animate`."""
+    return np.asarray(Image.open(io.BytesIO(png(figure, dpi))).convert("RGB"))
 
 
 def colour(name: str) -> str:

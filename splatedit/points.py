@@ -50,6 +50,7 @@ class Plane(NamedTuple):
     denoiser: MixtureDenoiser
     red: tuple[float, ...]  # weights of the components, as `MixtureDenoiser.text` takes them
     blue: tuple[float, ...]
+    null: tuple[float, ...] | None = None  # of the null text; None is red and blue together
 
     def sample(self, weights: tuple[float, ...], count: int, generator: torch.Generator) -> Tensor:
         """`count` points (count, 2) of one of the distributions."""
@@ -65,9 +66,9 @@ class Plane(NamedTuple):
         return torch.logsumexp(-0.5 * squares / self.denoiser.floor + (share / share.sum()).log(), 1) - volume
 
     def guided(self, scale: float) -> Guided:
-        """The score under classifier-free guidance; the null text is red and blue together."""
-        both = tuple(r + b for r, b in zip(self.red, self.blue, strict=True))
-        return guided(self.denoiser, self.denoiser.text(both), scale)
+        """The score under classifier-free guidance."""
+        null = self.null or tuple(r + b for r, b in zip(self.red, self.blue, strict=True))
+        return guided(self.denoiser, self.denoiser.text(null), scale)
 
 
 def moons(each: int = 8, width: float = 0.12) -> Plane:
@@ -84,6 +85,7 @@ class Journey(NamedTuple):
     """Where a guidance took the red points, in units of the plane."""
 
     points: Tensor  # (n, 2)
+    path: Tensor  # (steps + 1, n, 2) where they were before each step, and after the last
     moved: float  # mean length of the way a point went
     spread: float  # total variance over that of the blue points; 0 is a collapse
     distance: float  # to the blue points: root of the mean squared length of the cheapest pairing (Wasserstein-2)
@@ -112,6 +114,7 @@ def travel(
     target, source = (repeat(denoiser.text(weights), count) for weights in (plane.blue, plane.red))
     scene, denoise = Points(red, rate), plane.guided(scale)
     request = Request(target, source, red[..., None, None])  # not scene(): it shares memory with what moves
+    path = [red]
     if guidance in ("pds", "dreamcatalyst"):
         options = {"alphas_cumprod": denoiser.alphas_cumprod, **options}
     for index in range(steps):
@@ -119,14 +122,17 @@ def travel(
         draw = edit_draw("uniform", denoiser.alphas_cumprod, z.detach(), t_range, generator)
         z.backward(GUIDANCE[guidance](denoise, z.detach(), draw, request, **options))
         scene.step(index / steps, 0.1)
-    return judge(plane, red, scene.result(), blue)
+        path.append(scene.result())
+    return judge(plane, torch.stack(path), blue)
 
 
-def judge(plane: Plane, red: Tensor, moved: Tensor, blue: Tensor) -> Journey:
-    """The numbers of a journey from `red` to `moved`, each (n, 2), that was to end at `blue`."""
+def judge(plane: Plane, path: Tensor, blue: Tensor) -> Journey:
+    """The numbers of a journey along `path` (steps + 1, n, 2) that was to end at `blue` (n, 2)."""
+    red, moved = path[0], path[-1]
     rare = plane.log_density(plane.blue, blue).quantile(0.01)
     return Journey(
         points=moved,
+        path=path,
         moved=float((moved - red).norm(dim=1).mean()),
         spread=float(moved.var(0).sum() / blue.var(0).sum()),
         distance=wasserstein(moved, blue),

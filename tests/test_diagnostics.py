@@ -346,3 +346,13 @@ def test_every_table_has_its_figure():
         assert drawn.startswith(b"<?xml") and len(drawn) > 5000
         assert {*table.rows[0]} == {*table.columns} and all({*row} == {*table.columns} for row in table.rows)
     assert svg(tables[0].figure()) == svg(tables[0].figure())
+
+
+def test_a_figure_as_pixels():
+    from splatedit.figures import new, pixels
+
+    figure, ((axes,),) = new(1, 1, 2, 1)
+    axes.set_position((0, 0, 1, 1))
+    axes.set_facecolor("red")
+    shown = pixels(figure, dpi=50)
+    assert shown.shape == (50, 100, 3) and shown.dtype == "uint8" and shown[25, 50].tolist() == [255, 0, 0]

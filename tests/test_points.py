@@ -49,6 +49,15 @@ def test_one_gaussian_is_collapsed_to_its_mean_by_sds(two_gaussians):
     assert journey.spread < 0.02
 
 
+def test_sds_overshoots_in_proportion_to_the_scale():
+    """With a null text of the same width, its score under guidance is that of a Gaussian at null + w (blue - null)."""
+    null = torch.zeros(2, dtype=torch.float64)
+    means = torch.stack([RED, BLUE, null])[..., None, None]
+    plane = Plane(MixtureDenoiser(means, floor=0.3**2), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    ends = travel(plane, "sds", count=20, scale=3, t_range=(0.3, 0.5), rate=0.1, steps=300).points
+    torch.testing.assert_close(ends.mean(0), 3 * BLUE, rtol=0, atol=0.05)
+
+
 def test_guidance_beyond_one_overshoots_in_dds_and_ids_alike(two_gaussians):
     """The null text is both: the score of blue against it points away from red without end."""
     way = float((BLUE - RED).norm())
@@ -94,3 +103,11 @@ def test_ids_is_not_nearer_to_blue_as_a_whole(journeys):
 def test_the_same_seed_is_the_same_journey(two_gaussians):
     first, again = (travel(two_gaussians, "ids", count=5, steps=5) for _ in range(2))
     assert torch.equal(first.points, again.points)
+
+
+def test_the_path_leads_from_the_start_to_the_end_step_by_step(two_gaussians):
+    journey = travel(two_gaussians, "dds", count=5, steps=7)
+    start = two_gaussians.sample(two_gaussians.red, 5, torch.Generator().manual_seed(0))
+    assert journey.path.shape == (8, 5, 2)
+    assert torch.equal(journey.path[0], start) and torch.equal(journey.path[-1], journey.points)
+    assert bool((journey.path.diff(dim=0).norm(dim=2) > 0).all()), "each step is a copy of its own"

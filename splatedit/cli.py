@@ -17,6 +17,7 @@ from splatedit.errors import CRASH, INTERRUPTED, MISTAKE, ExposedWarning, InputE
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a full or failing disk is nobody's mistake
 PLAIN = (LossWarning, ExposedWarning)  # warnings that are for the user, whatever line they come from
+HERE = "127.0.0.1"  # where the viewer is served: to this machine alone
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -75,6 +76,8 @@ def cli() -> None:
 @setting("--vram", key="vram", type=int, metavar="GB")
 @setting("--offline", key="offline", is_flag=True)
 @setting("--viewer/--no-viewer", key="viewer", is_flag=True)
+@click.option("--host", metavar="ADDRESS", help="with --viewer: as of `splatedit view`")
+@click.option("--port", type=int, metavar="N", help="with --viewer: as of `splatedit view`")
 @click.option("--config", "file", metavar="FILE", help="yaml file of settings, such as the config.yaml of another run")
 @click.option(
     "--resume",
@@ -94,6 +97,8 @@ def run(
     resume: str | None,
     dry_run: bool,
     as_json: bool,
+    host: str | None,
+    port: int | None,
     **given: Any,
 ) -> None:
     """Edit SCENE, a splat file, until it shows PROMPT.
@@ -122,11 +127,40 @@ def run(
 
         tell(config, as_json)
         return
+    command = ["splatedit", *sys.argv[1:]]
+    if config.viewer:
+        from splatedit.viewer.shell import watch
+
+        outcome = watch(config, click.echo, command=command, resume=folder, host=host or HERE, port=port or 0)
+        sys.exit(outcome.status)
+    if host is not None or port is not None:
+        raise click.UsageError("--host and --port go with --viewer.", click.get_current_context())
     from splatedit.run import run as start
 
-    outcome = start(config, command=["splatedit", *sys.argv[1:]], resume=folder)
+    outcome = start(config, command=command, resume=folder)
     click.echo(str(outcome.edited))
     sys.exit(outcome.status)
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("file")
+@click.argument("other", metavar="[FILE2]", required=False)
+@click.option("--host", default=HERE, show_default=True, metavar="ADDRESS", help="0.0.0.0: other machines can reach it")
+@click.option("--port", type=int, default=0, show_default=True, metavar="N", help="0: any free one")
+@click.option(
+    "--open/--no-browser", "open_browser", default=None, help="open a browser, or do not; else on a screen only"
+)
+@click.option("--up", type=click.Choice(UPS), default=None, help="up axis; else the scene's sidecar says, else guessed")
+@click.help_option("-h", "--help", help="print this and stop")
+def view(file: str, other: str | None, **given: Any) -> None:
+    """Look at FILE, a splat file, in a browser, and edit it there; with FILE2: compare the two.
+
+    Prints the address, which holds a secret: whoever has it may edit, and read and write files here. Runs until Ctrl-C.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from splatedit.viewer.shell import show
+
+    show(file, other, click.echo, **given)
 
 
 def like_run(command: click.Command) -> click.Command:
@@ -389,6 +423,26 @@ def diagnose(path: str, prompt: str, **given: Any) -> None:
     from splatedit.diagnose import diagnose as start
 
     click.echo(str(start(path, prompt, **given)))
+
+
+@cli.command(context_settings={**CONTEXT, "ignore_unknown_options": True})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[FOLDER] [OPTION OF JUPYTER LAB]...")
+@click.option("--port", type=click.IntRange(0, 65535), metavar="N", help="of JupyterLab  [default: 8888, or the next]")
+@click.help_option("-h", "--help", help="print this and stop")
+def lab(words: tuple[str, ...], port: int | None) -> None:
+    """Open JupyterLab on the bundled notebooks, in FOLDER or here.
+
+    Copies notebooks/ and the scenes/ that they read to FOLDER, where they are not there yet; your own versions stay as
+    they are. Kernels run this Python, and viewers are reached through JupyterLab itself, from other machines too. Every
+    other option goes to `jupyter lab`, as in --no-browser. Needs pip install "splatedit[notebook]".
+    """
+    from pathlib import Path
+
+    from splatedit.lab import lab as start
+
+    folder, rest = (words[0], words[1:]) if words and not words[0].startswith("-") else (".", words)
+    more = [] if port is None else [f"--ServerApp.port={port}"]
+    sys.exit(start(Path(folder).expanduser(), [*rest, *more], lambda line: click.echo(line, err=True)))
 
 
 @cli.command(context_settings=CONTEXT)

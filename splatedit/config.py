@@ -128,7 +128,7 @@ class Config:
     vae_slicing: bool = key(False, "the autoencoder takes one picture at a time")
     vae_tiling: bool = key(False, "and large ones in overlapping tiles, which shows a little")
     attention_slicing: bool = key(False, "attention one head at a time, where torch has no fused attention")
-    viewer: bool = key(False, "live viewer (not in this version yet)")
+    viewer: bool = key(False, "watch and steer the edit in a browser")
 
 
 # docs/usage.md says what decided about `fast`.

@@ -82,8 +82,6 @@ def prepare(
     device = resolve_device(config.device)
     gaussians, beside = load(config.scene), sidecar(config.scene)
     capture = find_views(config, gaussians, console)
-    if config.viewer:
-        console.print("[yellow]--viewer: the live viewer is not in this version yet; the edit runs without it.")
     with console.status("loading the model"):
         prior = (load_model or load_prior)(config.model, device, offline=config.offline)
     prior.save_memory(savings(config))

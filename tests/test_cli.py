@@ -128,6 +128,7 @@ def test_run_prints_the_path_alone(call, scene_file, tiny_model, tmp_path, monke
 def test_flags_that_are_not_given_leave_the_file_alone(tmp_path, monkeypatch, call):
     seen = []
     monkeypatch.setattr("splatedit.run.run", lambda config, **_: seen.append(config) or sys.exit(0))
+    monkeypatch.setattr("splatedit.viewer.shell.watch", lambda config, *_, **__: seen.append(config) or sys.exit(0))
     (tmp_path / "c.yaml").write_text("offline: true\nviewer: true\nseed: 5\nguidance_scale: 2\n")
     call("run", "a.ply", "a pig", "--config", tmp_path / "c.yaml")
     call("run", "a.ply", "a pig", "--config", tmp_path / "c.yaml", "--no-viewer", "--seed", 0, "guidance_scale=null")
@@ -196,4 +197,4 @@ def test_render_takes_the_up_axis_of_the_sidecar(call, scene_file, tmp_path):
 
 def test_every_command_is_here():
     edits = {"run", "preview", "image", "diagnose", "mask", "history", "undo", "redo", "strength"}
-    assert set(cli.commands) == {*edits, "doctor", "info", "render", "convert"}
+    assert set(cli.commands) == {*edits, "doctor", "info", "render", "convert", "view"}

@@ -131,7 +131,7 @@ def test_preview_takes_the_options_of_run():
         return {o for p in cli.commands[command].params if isinstance(p, click.Option) for o in p.opts}
 
     missing = names("run") - names("preview")
-    assert missing == {"--resume", "--dry-run", "--json", "--viewer"}, missing
+    assert missing == {"--resume", "--dry-run", "--json", "--viewer", "--host", "--port"}, missing
 
 
 @pytest.mark.slow

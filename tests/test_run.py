@@ -331,13 +331,6 @@ def test_a_broken_scene_leaves_no_folder(config, scene_file, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_viewer_is_answered_plainly(config, monkeypatch, few_frames):
-    fake_edit(monkeypatch, recolored)
-    console = shout()
-    run(load_config(options=vars(config) | {"viewer": True}), console)
-    assert "not in this version yet" in said(console)
-
-
 def test_folders_of_one_second_do_not_collide(config):
     with output_folder(config) as one, output_folder(config) as two, output_folder(config) as three:
         assert len({one, two, three}) == 3 and one.is_dir() and three.is_dir()

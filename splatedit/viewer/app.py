@@ -6,6 +6,7 @@ import atexit
 import functools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -65,9 +66,9 @@ class App:
         atexit.register(self.leave)
         self.aim(shown)
         self.stage.listeners.append(self.turn)
-        for name in ("splat_display", "frame_display"):
-            if find_spec(f"splatedit.viewer.{name}"):
-                import_module(f"splatedit.viewer.{name}").start(self)
+        self.displays: Any = None
+        if find_spec("splatedit.viewer.frame_display"):
+            self.displays = import_module("splatedit.viewer.display").start(self)
         tabs = self.server.gui.add_tab_group()
         for name, build in PANELS.items():
             with tabs.add_tab(name):
@@ -227,6 +228,8 @@ class App:
         self.closed.set()
         atexit.unregister(self.leave)
         self.stage.close()
+        if self.displays is not None:
+            self.displays.close()
         self.quick.close()
         self.slow.close()
         # Once a browser has been here this takes six seconds.
@@ -235,8 +238,9 @@ class App:
     def leave(self) -> None:
         """The program ends: let threads come out of torch, in which a thread that is cut off can crash the process."""
         self.close()
-        for worker in (self.quick, self.slow):
-            worker.thread.join(FAREWELL)
+        end = time.monotonic() + FAREWELL
+        for busy in (self.quick, self.slow, *(self.displays.loops if self.displays else ())):
+            busy.thread.join(max(end - time.monotonic(), 0.0))
 
     def __enter__(self) -> App:
         return self

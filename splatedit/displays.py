@@ -251,7 +251,7 @@ class Comparison(NamedTuple):
         return sheet([t for pair in zip(*self[:2], strict=True) for t in map(titled, pair, self.words)], 2)
 
     def __repr__(self) -> str:
-        return f"Comparison({self.words[0]} and {self.words[1]}, {len(self.before)} views)"
+        return f"<{self.words[0]} and {self.words[1]}, pictures: {len(self.before)}>"
 
     def save(self, path: str | Path) -> None:
         """Write `picture` as a PNG."""

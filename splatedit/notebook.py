@@ -116,7 +116,7 @@ def embed(app: App, height: int) -> None:
         f'<iframe src="{escape(url)}" width="100%" height="{height}" style="border: 1px solid #8884" '
         f'allow="fullscreen"></iframe><div style="font-size: small">The viewer {link}. {missing(url)}</div>'
     )
-    put({"text/html": html, "text/plain": f"The viewer: {url}"})
+    put({"text/html": html, "text/plain": f"<viewer at {url}>"})
 
 
 def in_colab() -> bool:
@@ -175,8 +175,6 @@ def renew_at_the_end(job: Job, handle: DisplayHandle) -> None:
 # ------------------------------------------------------------------------------------------------------------- progress
 def display_job(job: Job) -> None:
     """What `job` shows as the last line of a cell: its picture, renewed when it has ended, and its progress."""
-    from IPython.display import display
-
     if find_spec("ipywidgets") is None or job.ended:
         handle = put(job._repr_mimebundle_())
         follow(job, lambda: handle.update(job._repr_mimebundle_(), raw=True))
@@ -185,7 +183,7 @@ def display_job(job: Job) -> None:
         from splatedit.displays import as_png
 
         renew_at_the_end(job, put(as_png(before_after(job.source, job.source, up_of(job)))))
-    display(progress(job))
+    put({**progress(job)._repr_mimebundle_(), "text/plain": "<progress of the edit>"})
 
 
 def progress(job: Job) -> Any:

@@ -96,6 +96,11 @@ class Job:
         return self._state in ENDED
 
     @property
+    def holds_after(self) -> int | None:
+        """The number of steps after which it will be held; None: it is not going to be."""
+        return None if self._until == math.inf or self._ending or self._until >= self.steps else int(self._until)
+
+    @property
     def pace(self) -> float | None:
         """Mean seconds of the newest steps, without what they were held; None before the second."""
         spent = tuple(self._spent)

@@ -5,6 +5,7 @@ Every change goes into `app.config` at once. Run calls `jobs.start_run(app.confi
 
 from __future__ import annotations
 
+import re
 import shlex
 import threading
 import time
@@ -18,7 +19,6 @@ import numpy as np
 import viser
 from viser import uplot
 
-from splatedit import folders
 from splatedit.config import (
     GUIDANCES,
     KEYS,
@@ -35,6 +35,7 @@ from splatedit.config import (
 )
 from splatedit.errors import InputError
 from splatedit.jobs import Job, start_run
+from splatedit.viewer.places import editing, folder_of, made, unused
 
 if TYPE_CHECKING:
     from splatedit.viewer.app import App
@@ -43,6 +44,7 @@ PERIOD = 0.5  # seconds between two looks at the job
 POINTS = 300  # of a curve, at most
 MESSAGES = 5  # of the run, the newest
 OWN = "as it suits"  # in a list of choices: null
+ICONS = {"Pause": viser.Icon.PLAYER_PAUSE, "Resume": viser.Icon.PLAYER_PLAY}
 BLUE, ORANGE, GREY = "#1c7ed6", "#f76707", "#868e96"
 SMALL = "padding:0 0.9em 0.5em;font-size:0.8em;line-height:1.45;overflow-wrap:anywhere"
 CODE = "margin:0;padding:0.5em;border-radius:4px;background:rgba(128,128,128,0.13);white-space:pre-wrap;user-select:all"
@@ -139,6 +141,28 @@ def mask_in_use(config: Config) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- the job
+def commands(config: Config, wrong: Sequence[str], job: Job | None) -> str:
+    """What was run and what Run would do next as commands to copy, in HTML; wrong: why the second cannot be said."""
+    blocks, last = [], job.config if job is not None else None
+    if last is not None:
+        blocks.append(("This was run:", shlex.join(as_command(last))))
+        if job is not None and job.folder is not None:
+            blocks.append(("All its settings:", str(job.folder / "config.yaml")))
+    if wrong:
+        blocks.append(("Not yet:", "\n".join(wrong)))
+    elif last is None or (job is not None and job.ended) or replace(last, scene=config.scene) != config:
+        blocks.append(("Run would do:", shlex.join(as_command(config))))
+    return "".join(
+        f'<div style="{SMALL}">{title}<pre style="{CODE}">{unbroken(text)}</pre></div>' for title, text in blocks
+    )
+
+
+def unbroken(text: str) -> str:
+    """Text as HTML of which short words are not broken over lines, as browsers do after a hyphen."""
+    words = re.split(r"( )", escape(text))
+    return "".join(f'<span style="white-space:nowrap">{w}</span>' if 1 < len(w) < 30 and "-" in w else w for w in words)
+
+
 class Buttons(NamedTuple):
     """Which buttons make sense, and what the second one says."""
 
@@ -166,15 +190,16 @@ def buttons(state: str | None, done: int = 0, steps: int = 1) -> Buttons:
 
 def how_far(job: Job) -> str:
     """Steps, seconds per step and time left, in a line."""
-    words = {"stopping": "stopping after this step", "paused": "paused", "starting": "loading"}
-    state = job.state
-    if state == "running" and job.done >= job.steps:
-        words["running"] = "writing the results"
-    elif state == "stopping" and job.done and job.last is not None and not job.seconds_left:
-        words["stopping"] = "stopping, writing what is done"
-    parts = [f"step {job.done}/{job.steps}", words.get(state, "" if state == "running" else state)]
-    if job.pace is not None:
-        parts.append(f"{job.pace:.2f} s/step")
+    state, held, pace = job.state, job.holds_after, job.pace
+    words = {"starting": "loading", "stopping": "stopping, and writing what is done", "running": ""}
+    said = words.get(state, state)
+    if state in ("starting", "running") and held is not None:
+        said = " and ".join(filter(None, (said, f"will hold after step {max(held, job.done)}")))
+    elif state == "running" and job.done >= job.steps:
+        said = "writing the results"
+    parts = [f"step {job.done}/{job.steps}", said]
+    if pace is not None:
+        parts.append(f"{pace:.2f} s/step")
         if state == "running" and job.done < job.steps:
             parts.append(f"{clock(job.seconds_left or 0.0)} left")
     return " · ".join(part for part in parts if part)
@@ -244,6 +269,7 @@ class Panel:
         self.news = threading.Event()
         self.job: Job | None = None
         self.drawn: Any = None  # what the elements show of the job
+        self.path: Path | None = None  # the scene of the shown command
         self.build()
         threading.Thread(target=self.watch, name="splatedit-edit-panel", daemon=True).start()
 
@@ -349,38 +375,32 @@ class Panel:
             self.more.value = text
 
     def show_config(self) -> None:
-        """The command, the mask and what is wrong with the fields."""
+        """The commands, the mask and what is wrong with the fields."""
         self.seen = config = self.app.config
+        self.path = self.app.stage.shown.path
         self.mask_line.content = mask_in_use(config)
-        job = self.app.job
-        with_config = "" if job is None or job.folder is None else f"The same, whole: {job.folder / 'config.yaml'}"
-        words = as_command(replace(config, scene=config.scene or "SCENE")) if not self.wrong else []
-        said = shlex.join(words) or "\n".join(self.wrong.values())
-        self.command_block.content = (
-            f'<div style="{SMALL}"><pre style="{CODE}">{escape(said)}</pre>{escape(with_config)}</div>'
+        self.command_block.content = commands(
+            replace(config, scene=str(self.path or "SCENE")), list(self.wrong.values()), self.app.job
         )
 
     # ---------------------------------------------------------------------------------------------------------- buttons
     def run(self, event: Any) -> None:
         """Start the edit that the panel asks for, of the scene that is shown."""
-        if self.alive():
-            raise InputError("an edit is under way; stop it first, or wait for its end.")
+        self.app.check_idle()
         if self.wrong:
             raise InputError(" ".join(self.wrong.values()))
-        scene = self.app.stage.shown.path or self.saved()
+        scene = self.app.stage.shown.path or self.save()
         self.app.config = replace(self.app.config, scene=str(scene))
         job = start_run(self.app.config)
         self.app.follow(job)
         self.look()
 
-    def saved(self) -> Path:
-        """Where the scene that came from no file is saved now: beside where its edits will be."""
+    def save(self) -> Path:
+        """Save the scene that came from no file, beside where its edits will be; where that is."""
         from splatedit.files import save
 
         shown = self.app.stage.shown
-        place = folders.place(replace(self.app.config, scene="scene"))
-        path = place.parent / f"scene@{place.name.rpartition('@')[2]}.ply"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = unused(made(folder_of(shown, self.app.config)) / "scene.ply")
         save(shown.current, path)
         self.app.stage.change(path=path)
         if self.app.config.up is None:
@@ -388,26 +408,23 @@ class Panel:
         self.app.notify("Saved", f"The scene came from no file; it is {path} now.", color="blue")
         return path
 
-    def alive(self) -> bool:
-        return self.app.job is not None and not self.app.job.ended
-
     def pause(self, event: Any) -> None:
         """Pause, or go on."""
-        job = self.app.job
-        if job is None or job.ended:
-            return
-        if job.state == "paused":
-            job.resume()
-        else:
-            job.pause()
+        if job := self.under_way():
+            (job.resume if job.state == "paused" else job.pause)()
+            self.news.set()
 
     def step(self, event: Any) -> None:
-        if self.app.job is not None and not self.app.job.ended:
-            self.app.job.step(1)
+        if job := self.under_way():
+            job.step()
+            self.news.set()
 
     def stop(self, event: Any) -> None:
-        if self.app.job is not None and not self.app.job.ended:
-            self.app.job.stop()
+        if job := self.under_way():
+            job.stop()
+
+    def under_way(self) -> Job | None:
+        return self.app.job if editing(self.app) else None
 
     # --------------------------------------------------------------------------------------------- a few times a second
     def watch(self) -> None:
@@ -425,7 +442,7 @@ class Panel:
             self.job = self.app.job
             if self.job is not None:
                 self.job.listen(lambda _: self.news.set())
-        if self.app.config is not self.seen:
+        if self.app.config is not self.seen or self.app.stage.shown.path != self.path:
             self.fill()
             self.show_config()
         self.show_job()
@@ -433,20 +450,21 @@ class Panel:
     def show_job(self) -> None:
         """State, progress, curves and messages, if there are new ones."""
         job = self.job
-        seen = (job, job.state, job.done, len(job.lines)) if job is not None else (None,)
+        seen = (job, job.state, job.done, job.holds_after, len(job.lines)) if job is not None else (None,)
         if seen == self.drawn:
             return
         first, self.drawn = self.drawn is None or self.drawn[0] is not job, seen
         which = buttons(job and job.state, job.done if job else 0, job.steps if job else 1)
         self.run_button.disabled = not which.run
         self.pause_button.disabled, self.pause_button.label = not which.pause, which.pause_label
+        self.pause_button.icon = ICONS[which.pause_label]
         self.step_button.disabled, self.stop_button.disabled = not which.step, not which.stop
         if job is None:
             return
         with self.app.server.atomic():
             self.bar.visible = self.status.visible = True
             self.bar.value, self.bar.animated = 100.0 * job.done / max(job.steps, 1), job.state == "starting"
-            told = "<br>".join(escape(line) for line in messages(job.lines))
+            told = "<br>".join(unbroken(line) for line in messages(job.lines)) if not job.ended else ""
             self.status.content = f'<div style="{SMALL}"><b>{escape(how_far(job))}</b><br>{told}</div>'
             self.show_curves(job)
             self.result.visible, self.result.content = job.ended, outcome(job) if job.ended else ""

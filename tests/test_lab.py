@@ -1,0 +1,219 @@
+"""`splatedit lab`: what it copies and starts, and, in a real browser, a notebook in which an edit is watched live."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from splatedit import lab
+from splatedit.errors import InputError
+from tests.screen import keep, open_page, pixels, until
+
+ROOT = Path(__file__).parent.parent
+ITS_TOKEN, TOKEN = "--IdentityProvider.token", "for-the-test"
+
+
+# ----------------------------------------------------------------------------------------------------------- no browser
+@pytest.fixture
+def place(tmp_path):
+    """Something like the bundled notebooks."""
+    for name in ("notebooks/01_a.ipynb", "notebooks/01_a.py", "notebooks/build.py", "scenes/cat.ply"):
+        path = tmp_path / "bundled" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return tmp_path / "bundled"
+
+
+def test_what_is_missing_is_copied_and_what_is_yours_stays(place, tmp_path):
+    target = tmp_path / "mine"
+    assert len(list(lab.bring(place, target))) == 2
+    assert sorted(p.name for p in target.rglob("*") if p.is_file()) == ["01_a.ipynb", "01_a.py", "cat.ply"]
+    assert list(lab.bring(place, target)) == [], "all is there already"
+    (target / "notebooks" / "01_a.ipynb").write_text("mine")
+    (target / "notebooks" / "01_a.py").unlink()
+    copied, kept = lab.bring(place, target)
+    assert "1 files copied" in copied and "yours" in kept and "01_a.ipynb" in kept
+    assert (target / "notebooks" / "01_a.ipynb").read_text() == "mine"
+    assert (target / "notebooks" / "01_a.py").read_text() == "notebooks/01_a.py"
+
+
+def test_in_the_checkout_nothing_is_copied(place):
+    before = sorted(place.rglob("*"))
+    assert list(lab.bring(place, place)) == [] and sorted(place.rglob("*")) == before
+
+
+def test_a_place_that_cannot_be_written_is_one_line(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file.*cannot be written to"):
+        list(lab.bring(place, tmp_path / "file"))
+
+
+def test_the_checkout_is_found():
+    assert lab.bundled() == ROOT
+
+
+def test_the_kernel_is_this_python():
+    with lab.kernels() as data:
+        (spec,) = data.glob("kernels/*/kernel.json")
+        assert spec.parent.name == "python3" and json.loads(spec.read_text())["argv"][0] == sys.executable
+    assert not data.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ([], "/"),
+        (["--no-browser"], "/"),
+        (["--ServerApp.base_url=/hub/ann"], "/hub/ann/"),
+        (["--ServerApp.base_url", "hub/ann/"], "/hub/ann/"),
+        (["--ServerApp.base_url=/"], "/"),
+    ],
+)
+def test_base_url(words, found):
+    assert lab.base_url(words) == found
+
+
+def test_kernels_are_told_how_to_reach_viewers(tmp_path):
+    pytest.importorskip("jupyter_server_proxy")
+    told = lab.environment({"JUPYTER_PATH": "/mine", "PYTHONPATH": "/theirs"}, ["--ServerApp.base_url=/x"], tmp_path)
+    assert told["SPLATEDIT_BASE_URL"] == "/x/"
+    assert told["JUPYTER_PATH"] == f"{tmp_path}{os.pathsep}/mine", "our kernel comes first"
+    assert told["PYTHONPATH"].split(os.pathsep) == [str(ROOT), "/theirs"]
+    said = lab.environment({"SPLATEDIT_BASE_URL": "https://mine/"}, [], tmp_path)
+    assert said["SPLATEDIT_BASE_URL"] == "https://mine/", "the user's word is the last"
+    assert "SPLATEDIT_BASE_URL" not in lab.environment({"JUPYTERHUB_SERVICE_PREFIX": "/user/ann/"}, [], tmp_path)
+
+
+def test_options_of_jupyter_are_passed_on(monkeypatch, call, tmp_path):
+    pytest.importorskip("jupyterlab")
+    started = []
+    monkeypatch.setattr(lab, "attended", lambda words, environment: started.append(words) or 0)
+    monkeypatch.setattr(lab, "bring", lambda place, folder: [])
+    assert call("lab", tmp_path, "--port", "8123", "--no-browser", "--ip", "0.0.0.0")[0] == 0
+    assert call("lab", "--no-browser")[0] == 0
+    first, second = started
+    assert f"--ServerApp.root_dir={tmp_path}" in first and f"--ServerApp.root_dir={Path.cwd()}" in second
+    assert first[-4:] == ["--no-browser", "--ip", "0.0.0.0", "--ServerApp.port=8123"]
+    assert second[-1] == "--no-browser"
+    assert not any("token" in word for word in first), "Jupyter's own token stays on"
+
+
+def test_without_jupyterlab_it_says_what_to_install(monkeypatch, call, tmp_path):
+    monkeypatch.setattr(lab.importlib.util, "find_spec", lambda name: None)
+    status, out, err = call("lab", tmp_path)
+    assert status == 2 and 'pip install "splatedit[notebook]"' in err and not out
+    assert not any(tmp_path.iterdir())
+
+
+def test_it_ends_as_the_program_that_it_started():
+    assert lab.attended([sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ)) == 3
+
+
+# --------------------------------------------------------------------------------------------------------- in a browser
+CELLS = (
+    "import splatedit\ngaussians = splatedit.load({scene!r})\ngaussians",
+    'job = splatedit.start(gaussians, "a pig", source="a cat", model={model!r}, steps=5000, views=3)\njob',
+    "job.show(height=320)",
+)
+
+
+@pytest.fixture
+def notebook(scene_file, tiny_model, tmp_path):
+    """A notebook in which a small edit is started and shown."""
+    nbformat = pytest.importorskip("nbformat")
+    cells = [nbformat.v4.new_code_cell(cell.format(scene=str(scene_file), model=str(tiny_model))) for cell in CELLS]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}  # or Lab asks
+    path = tmp_path / "work" / "notebooks" / "try.ipynb"
+    path.parent.mkdir(parents=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
+    return path
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Opens a notebook by `splatedit lab`, as one who types the command would; `run` runs all of its cells."""
+    pytest.importorskip("jupyterlab")
+    started = []
+
+    def open_lab(path: Path, **environment: str):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        words = [
+            "--no-browser",
+            "--allow-root",
+            f"--IdentityProvider.token={TOKEN}",
+            "--LabApp.expose_app_in_browser=True",
+        ]
+        places = {"JUPYTER_CONFIG_DIR": "config", "JUPYTERLAB_SETTINGS_DIR": "settings"}
+        config = {name: str(tmp_path / place) for name, place in places.items()}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "splatedit", "lab", path.parent.parent, "--port", str(port), *words],
+                cwd=ROOT,
+                env={**os.environ, **config, **environment},
+                stderr=subprocess.DEVNULL,
+            )
+        )
+        answers(f"http://127.0.0.1:{port}/api/status?token={TOKEN}")
+        page = open_page(browser, f"http://127.0.0.1:{port}/lab/tree/notebooks/{path.name}?token={TOKEN}", 900, 1000)
+        page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
+        until(page, lambda: page.evaluate(IDLE), "a kernel")
+        page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+        return page
+
+    yield open_lab
+    for server in started:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) is not None
+
+
+IDLE = """() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"""
+
+
+def answers(url: str, seconds: float = 60.0) -> None:
+    """Wait until somebody answers there."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"not within {seconds:g} s: {url}")
+
+
+def drawn(image: np.ndarray) -> float:
+    """Share of the pixels that are not of one colour, the background's."""
+    return float((np.abs(image - image[2, image.shape[1] // 2]) > 24).any(2).mean())
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_an_edit_is_watched_in_a_cell(notebook, opened):
+    page = opened(notebook)
+    viewer = page.frame_locator(".jp-OutputArea iframe")
+    viewer.locator("canvas").first.wait_for(timeout=90_000)
+    assert page.locator(".jp-OutputArea iframe").get_attribute("src").startswith("/proxy/")
+    kinds = page.evaluate(OUTPUTS)
+    assert kinds[0] == ["text/html"] and kinds[2] == ["image/png", "text/html"], "a picture, then what is live"
+    assert kinds[1][0] == "image/png" and "widget-view" in kinds[1][1]
+    page.locator(".jp-OutputArea iframe").scroll_into_view_if_needed()
+    first = until(page, lambda: (p := pixels(viewer)) is not None and drawn(p) > 0.03 and p, "splats in the cell")
+    keep(page, "lab_watching")
+    until(page, lambda: np.abs(pixels(viewer) - first).mean() > 2, "the splats change while the edit runs")
+    page.get_by_role("button", name="Stop").click()
+    until(page, lambda: page.get_by_text("stopped", exact=True).count(), "Stop, in the cell of `job`, stops the edit")
+    keep(page, "lab_stopped")
+
+
+# Of each cell the kinds of its outputs.
+OUTPUTS = """() => window.jupyterapp.shell.currentWidget.content.widgets.map(cell =>
+  cell.model.outputs.toJSON().map(output => Object.keys(output.data || {}).filter(k => k !== 'text/plain').join()))"""

@@ -67,6 +67,8 @@ def test_what_cannot_be_compared_is_said_and_shown_as_it_is(shown):
     few = shown._replace(current=shown.current.select(slice(0, 200)), look="difference")
     assert "300 and 200 splats" in looks.incomparable(few) and scale(few) is None
     assert LOOKS["difference"](few) is few.current
+    two_files = opened(shown.source, few.current, up="-y")._replace(selection=torch.ones(300, dtype=torch.bool))
+    assert LOOKS["difference"](two_files) is two_files.current and looks.incomparable(two_files)
     assert "before an edit" in looks.unpulled(shown) and LOOKS["gradient"](shown) is shown.current
 
 

@@ -59,7 +59,7 @@ def ghost(shown: Shown) -> Gaussians:
     washed = torch.lerp(colors(then), then.sh0.new_tensor(PALE).expand(then.n, 3), WASHED)
     spirit = recoloured(then, washed)._replace(opacities=(then.opacities.sigmoid() * GHOST).logit(1e-6))
     both = {name: torch.cat([value, spirit.parameters[name]]) for name, value in now.parameters.items()}
-    return Gaussians(**both)
+    return now._replace(**both, extra={})
 
 
 def difference(shown: Shown) -> Gaussians:
@@ -94,7 +94,8 @@ LOOKS: dict[str, Callable[[Shown], Gaussians]] = {
 # ----------------------------------------------------------------------------------------------------------- in numbers
 def incomparable(shown: Shown) -> str:
     """Why the states cannot be compared splat by splat, as a clause; empty if they can."""
-    if shown.rows is None and shown.source.n != shown.current.n:
+    unknown = shown.source.n != shown.current.n if shown.rows is None else not bool((shown.rows >= 0).any())
+    if unknown:
         return f"{shown.source.n:,} and {shown.current.n:,} splats, and nothing says which continues which"
     return ""
 
@@ -148,9 +149,11 @@ def scale(shown: Shown) -> Scale | None:
 def selected(shown: Shown, n: int, rows: Tensor | None) -> Tensor | None:
     """Which of n splats are selected, (n,) bool; rows: the source rows they continue, see `Shown`; None: nothing is."""
     chosen = shown.selection
-    if chosen is None or len(chosen) != shown.source.n or (rows is None and n != len(chosen)):
+    if chosen is None or len(chosen) != shown.source.n:
         return None
-    return chosen if rows is None else chosen[rows.clamp(min=0)] & (rows >= 0)
+    if rows is None:
+        return chosen if n == len(chosen) else None
+    return chosen[rows.clamp(min=0)] & (rows >= 0) if bool((rows >= 0).any()) else None
 
 
 # ----------------------------------------------------------------------------------------------------------- in colours

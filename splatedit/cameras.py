@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from splatedit import extents
 from splatedit.errors import InputError
+from splatedit.extents import DEFAULT_UP, UPS
 from splatedit.gaussians import Gaussians
-
-UPS = ("+x", "-x", "+y", "-y", "+z", "-z")
-DEFAULT_UP = "-y"  # COLMAP's first camera stands upright in most captures, and its y axis points down
 
 
 class Cameras(NamedTuple):
@@ -73,55 +71,20 @@ def bounds(gaussians: Gaussians) -> Bounds:
     the distance that holds 90 % of the weight is dropped until nothing more goes. The centre is the middle of the box
     that holds 99 % of the remaining weight along each axis, the radius the distance from it that holds 99.5 %.
     """
-    points, mass = _core(*visible(gaussians))
-    low, high = _box(points, mass, 0.005)
-    centre = (low + high) / 2
-    radius = _quantile(np.linalg.norm(points - centre, axis=1), mass, 0.995)
+    centre, radius = extents.ball(*visible(gaussians))
     if radius <= 0:  # a single Gaussian, or all at one place: its own size is the scene's
         radius = 3 * float(gaussians.scales.detach().double().exp().amax())
     return Bounds(torch.tensor(centre, dtype=torch.float32, device=gaussians.means.device), radius)
 
 
 def visible(gaussians: Gaussians, most: int = 50_000) -> tuple[np.ndarray, np.ndarray]:
-    """Means (m, 3) and how much each Gaussian can be seen (m,), float64, m at most `most` drawn at random.
-
-    Seen is opacity times the area of the largest section; the area is capped at its 90th percentile, so that no
-    sky-sized blob outvotes the rest.
-    """
+    """Means (m, 3) and weights (m,), how much each one can be seen (`extents.weigh`), float64; at most `most`, at random."""
     seen = [value.detach() for value in (gaussians.means, gaussians.scales, gaussians.opacities)]
     if gaussians.n > most:  # quantiles of a sample will do, and a million Gaussians take no longer than this
         rows = torch.randperm(gaussians.n, generator=torch.Generator().manual_seed(0))[:most]
         seen = [value[rows.to(value.device)] for value in seen]
     points, scales, opacities = (value.cpu().double().numpy() for value in seen)
-    area = np.exp(np.clip(scales.sum(1) - scales.min(1), -60, 60))
-    area = np.minimum(area, np.quantile(area, 0.9))
-    return points, area / (1 + np.exp(-np.clip(opacities, -30, 30)))
-
-
-def _core(points: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The points (m, 3) and weights (m,) that are left when the far ones are gone."""
-    for _ in range(20):  # two or three rounds do in practice
-        middle = np.array([_quantile(points[:, axis], mass, 0.5) for axis in range(3)])
-        distance = np.linalg.norm(points - middle, axis=1)
-        near = distance <= 2.5 * _quantile(distance, mass, 0.9)
-        if near.all():
-            break
-        points, mass = points[near], mass[near]
-    return points, mass
-
-
-def _box(points: np.ndarray, mass: np.ndarray, tail: float) -> tuple[np.ndarray, np.ndarray]:
-    """Corners (3,), (3,) of the box that leaves out `tail` of the weight at either side of each axis."""
-    low, high = ([_quantile(points[:, axis], mass, q) for axis in range(3)] for q in (tail, 1 - tail))
-    return np.array(low), np.array(high)
-
-
-def _quantile(values: np.ndarray, weights: np.ndarray, q: float) -> float:
-    """The smallest value with at least the share `q` of the weight at or below it."""
-    order = values.argsort()
-    total = weights[order].cumsum()
-    index = min(int(np.searchsorted(total, q * total[-1])), len(values) - 1)
-    return float(values[order[index]])
+    return points, extents.weigh(scales, opacities)
 
 
 # ------------------------------------------------------------------------------------------------------------------ up
@@ -136,68 +99,15 @@ def explain_up(gaussians: Gaussians) -> tuple[str, str]:
     """Which way is up, and why: by header comment, else by a ground, else "-y", the convention of COLMAP captures.
 
     A comment counts if it names an axis or a vector ("Vertical Axis: z", "up: -y", "Vertical axis: 0 -1 0"). A ground
-    is a thin layer at one extreme that lies under at least 60 % of the scene (`ground_scores`), while no other side is
-    as flat: the layer there fills less than two thirds of that. Only y and +z can win: x up or z down is written by no
-    common tool and has to be said.
+    is a thin layer at one extreme that lies under at least 60 % of the scene (`extents.ground_scores`), while no other
+    side is as flat: the layer there fills less than two thirds of that. Only y and +z can win: x up or z down is
+    written by no common tool and has to be said.
     """
-    for comment in (*gaussians.comments, *gaussians.obj_info):
-        up = up_in_text(comment, brush=any("Exported from Brush" in c for c in gaussians.comments))
-        if up:
-            return up, f"the header says {comment.strip()!r}"
-    scores = ground_scores(gaussians)
-    best, rival = sorted(UPS, key=lambda up: -scores[up])[:2]
-    if best in ("-y", "+y", "+z") and scores[best] > max(0.6, 1.5 * scores[rival]):
-        return best, "there is a flat ground on the opposite side"
+    if said := extents.up_in_header(gaussians.comments, gaussians.obj_info):
+        return said[0], f"the header says {said[1].strip()!r}"
+    if up := extents.up_of_ground(*visible(gaussians)):
+        return up, "there is a flat ground on the opposite side"
     return DEFAULT_UP, "assumed, as in COLMAP captures: no header comment, no clear ground"
-
-
-def up_in_text(text: str, brush: bool = False) -> str | None:
-    """The axis, one of UPS, that a header comment says is up; None if it says nothing of the kind."""
-    said = re.search(r"(?<![\w])([+-]?)([xyz])[ _-]?up\b", text, re.I)  # "Y-up"
-    if said:
-        return f"{said[1] or '+'}{said[2].lower()}"
-    found = re.search(
-        r"\b(?:(?:vertical|up)[ _-]?(?:axis|vector)|world[ _-]?up|up(?=\s*[:=]))\s*[:=]?\s*(.+)", text, re.I
-    )
-    if not found:
-        return None
-    value = found[1].strip().lower()
-    letter = re.match(r"([+-]?)([xyz])\b", value)
-    if letter:
-        if brush and not letter[1]:  # Brush writes the bare letter by rote; its own reader takes y as down
-            return {"y": "-y"}.get(letter[2])
-        return f"{letter[1] or '+'}{letter[2]}"
-    try:
-        vector = [float(word) for word in re.split(r"[\s,;\[\]()]+", value) if word][:3]
-    except ValueError:
-        return None
-    size = max(map(abs, vector), default=0.0)
-    if len(vector) != 3 or not 0 < size < math.inf:
-        return None
-    axis = max(range(3), key=lambda i: abs(vector[i]))
-    return ("+" if vector[axis] > 0 else "-") + "xyz"[axis]
-
-
-def ground_scores(gaussians: Gaussians, cells: int = 10, layer: float = 0.06) -> dict[str, float]:
-    """For each of UPS: the share of the scene's shadow along it that a thin layer at its foot fills, 0 to 1.
-
-    The shadow is a grid of `cells` squared over the horizontal box of the scene; the layer is `layer` times the longest
-    side of the box thick. A floor scores near 1, the side of a crate too, four feet or the tip of a ball near 0.
-    """
-    points, mass = _core(*visible(gaussians))
-    low, high = _box(points, mass, 0.01)
-    size = np.maximum(high - low, 1e-12)
-    square = ((points - low) / size * cells).astype(int).clip(0, cells - 1)
-    least = 0.02 * mass.sum() / cells**2
-    scores = {}
-    for axis in range(3):
-        a, b = (i for i in range(3) if i != axis)
-        cell = square[:, a] * cells + square[:, b]
-        shadow = np.bincount(cell, mass, cells**2) > least
-        for sign, height in (("+", points[:, axis] - low[axis]), ("-", high[axis] - points[:, axis])):
-            floor = np.bincount(cell, mass * (height <= layer * size.max()), cells**2) > least
-            scores[sign + "xyz"[axis]] = float((floor & shadow).sum() / max(shadow.sum(), 1))
-    return scores
 
 
 # ---------------------------------------------------------------------------------------------------------------- rigs

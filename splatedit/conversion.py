@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from splatedit.camera_files import WORLD
-from splatedit.cameras import check_up, explain_up, up_in_text
+from splatedit.cameras import check_up, explain_up
 from splatedit.errors import InputError, LossWarning
+from splatedit.extents import up_in_text
 from splatedit.files import check_target, load, save, sidecar
 from splatedit.formats.ply import NORMALS
 from splatedit.gaussians import SH_REST, Gaussians

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from splatedit.cameras import RIGS, UPS, bounds, dome, explain_up, ground_scores, guess_up, look, orbit
+from splatedit.cameras import RIGS, UPS, bounds, dome, explain_up, guess_up, look, orbit, visible
 from splatedit.errors import InputError
+from splatedit.extents import ground_scores
 from splatedit.gaussians import Gaussians
 
 CENTRE = torch.tensor([3.0, -2.0, 5.0])
@@ -288,7 +289,7 @@ def standing(up, ground=True, seed=0):
 def test_a_ground_says_which_way_is_up(up):
     scene = standing(up)
     assert explain_up(scene) == (up, "there is a flat ground on the opposite side")
-    scores = ground_scores(scene)
+    scores = ground_scores(*visible(scene))
     assert max(scores, key=lambda k: scores[k]) == up and 0 <= min(scores.values()) <= max(scores.values()) <= 1
 
 

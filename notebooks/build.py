@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import io
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 
 import jupytext
 import nbformat
+from PIL import Image
 
 HERE = Path(__file__).parent
 METADATA = {
@@ -34,6 +36,7 @@ LOCAL = re.compile(
     r"(?<![\w.~-])/(?:home|root|work|tmp|usr|Users|opt|mnt)/|\b(?:localhost|127\.0\.0\.1):\d+| at 0x[0-9a-f]+"
 )
 LARGEST = 6_000_000  # bytes of all notebooks together
+EXACT = 60_000  # bytes of a picture up to which it keeps all its colours
 
 
 # --------------------------------------------------------------------------------------------------------------- making
@@ -95,8 +98,20 @@ def stripped(output: Any) -> Any | None:
         del kept["text/plain"]
     if not kept:
         return None
+    if "image/png" in kept:
+        kept["image/png"] = base64.b64encode(smaller(base64.b64decode(kept["image/png"]))).decode()
     output.data, output.metadata = nbformat.from_dict(kept), nbformat.from_dict({})
     return output
+
+
+def smaller(content: bytes) -> bytes:
+    """A large PNG with the 256 colours that suit it best; a film, or what is small, as it is."""
+    picture = Image.open(io.BytesIO(content))
+    if len(content) <= EXACT or getattr(picture, "n_frames", 1) > 1:
+        return content
+    stream = io.BytesIO()
+    picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3).save(stream, "PNG", optimize=True)
+    return min(content, stream.getvalue(), key=len)
 
 
 # ------------------------------------------------------------------------------------------------------------- checking

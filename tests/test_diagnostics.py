@@ -348,11 +348,12 @@ def test_every_table_has_its_figure():
     assert svg(tables[0].figure()) == svg(tables[0].figure())
 
 
-def test_a_figure_as_pixels():
-    from splatedit.figures import new, pixels
+def test_a_figure_as_pixels_and_as_a_notebook_shows_it():
+    from splatedit.figures import new, pixels, png
 
     figure, ((axes,),) = new(1, 1, 2, 1)
     axes.set_position((0, 0, 1, 1))
     axes.set_facecolor("red")
     shown = pixels(figure, dpi=50)
     assert shown.shape == (50, 100, 3) and shown.dtype == "uint8" and shown[25, 50].tolist() == [255, 0, 0]
+    assert figure._repr_png_() == png(figure)

@@ -9,6 +9,7 @@ import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -140,3 +141,24 @@ def test_sizes(monkeypatch):
         if value is not None:
             monkeypatch.setenv(QUICK, value)
         assert size(600, quick=60) == found
+
+
+def test_large_pictures_lose_colours_but_not_their_looks(build):
+    ramp = np.linspace(0, 250, 300)
+    smooth = np.stack(
+        [np.broadcast_to(ramp, (300, 300)), np.broadcast_to(ramp[:, None], (300, 300)), np.zeros((300, 300))], 2
+    )
+    grain = np.random.default_rng(0).integers(0, 4, (300, 300, 1))
+    picture = Image.fromarray((smooth + grain).astype(np.uint8))
+
+    def png(**options):
+        stream = io.BytesIO()
+        picture.save(stream, "PNG", **options)
+        return stream.getvalue()
+
+    small = build.smaller(png())
+    assert len(small) < len(png()) / 2
+    seen = np.asarray(Image.open(io.BytesIO(small)).convert("RGB")).astype(int)
+    assert np.abs(seen - np.asarray(picture)).mean() < 8
+    film = png(save_all=True, append_images=[picture.rotate(90)])
+    assert build.smaller(film) == film

@@ -125,6 +125,10 @@ def test_a_selection_of_another_scene_is_not_laid_over_this_one(shown):
     assert LOOKS["after"](shown._replace(selection=torch.ones(7, dtype=torch.bool))) is shown.current
 
 
+def test_marks_can_be_left_out_while_the_selection_stays(shown):
+    assert LOOKS["after"](shown._replace(selection=torch.ones(300, dtype=torch.bool), marked=False)) is shown.current
+
+
 NUMBERS = st.sampled_from([0.0, 1.0, -1e30, 1e30, math.inf, -math.inf, math.nan])
 
 

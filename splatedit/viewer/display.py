@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 DISPLAYS = ("auto", "splats", "frames")
 SPLATS = 200_000  # that a browser is sent, 6.4 MB at 32 bytes each; more of them are drawn here
 PAIRS = {"split": ("before", "after")}  # looks of two pictures, left and right: only frames can show them
-SEEN = ("source", "current", "rows", "pull", "selection")  # what the looks are made of
-NEEDED = {"before": ("source", "selection")}  # of which looks ask for less
+SEEN = ("source", "current", "rows", "pull", "selection", "marked")  # what the looks are made of
+NEEDED = {"before": ("source", "selection", "marked")}  # of which looks ask for less
 
 
 class Pictures:
@@ -136,7 +136,7 @@ class Displays:
 
 
 def start(app: App) -> Displays:
-    """Draw what is on the stage, in every browser, until closed; its line and the View folder go on top of the panel."""
+    """Draw what is on the stage, in every browser, until closed; a line and the View folder go on top of the panel."""
     return Displays(app, controls(app))
 
 

@@ -45,12 +45,12 @@ class Scale(NamedTuple):
 
 def before(shown: Shown) -> Gaussians:
     """The source."""
-    return highlight(shown.source, selected(shown, shown.source.n, None))
+    return highlight(shown.source, marks(shown, shown.source.n, None))
 
 
 def after(shown: Shown) -> Gaussians:
     """The newest state."""
-    return highlight(shown.current, selected(shown, shown.current.n, shown.rows))
+    return highlight(shown.current, marks(shown, shown.current.n, shown.rows))
 
 
 def ghost(shown: Shown) -> Gaussians:
@@ -68,7 +68,7 @@ def difference(shown: Shown) -> Gaussians:
         return after(shown)
     far = change(shown)
     share = torch.where(far > 1, (far / FULL).clamp(max=1).sqrt(), 0.0)  # roots, so that small changes are told apart
-    return recoloured(shown.current, tinted(heat(shown.current, share), selected(shown, shown.current.n, shown.rows)))
+    return recoloured(shown.current, tinted(heat(shown.current, share), marks(shown, shown.current.n, shown.rows)))
 
 
 def gradient(shown: Shown) -> Gaussians:
@@ -77,7 +77,7 @@ def gradient(shown: Shown) -> Gaussians:
         return after(shown)
     assert shown.pull is not None
     share = (shown.pull / strongest(shown.pull)).nan_to_num(1.0).clamp(0, 1).sqrt()
-    return recoloured(shown.current, tinted(heat(shown.current, share), selected(shown, shown.current.n, shown.rows)))
+    return recoloured(shown.current, tinted(heat(shown.current, share), marks(shown, shown.current.n, shown.rows)))
 
 
 # "split" is two pictures side by side, source on the left: only frames can show it, see frame_display.
@@ -154,6 +154,11 @@ def selected(shown: Shown, n: int, rows: Tensor | None) -> Tensor | None:
     if rows is None:
         return chosen if n == len(chosen) else None
     return chosen[rows.clamp(min=0)] & (rows >= 0) if bool((rows >= 0).any()) else None
+
+
+def marks(shown: Shown, n: int, rows: Tensor | None) -> Tensor | None:
+    """Which of n splats are to be marked; None: there is nothing to mark, or it is not wanted."""
+    return selected(shown, n, rows) if shown.marked else None
 
 
 # ----------------------------------------------------------------------------------------------------------- in colours

@@ -25,6 +25,7 @@ class Shown(NamedTuple):
     rows: Tensor | None = None  # (m,) source row that each current splat continues, -1 if added; None: its own
     pull: Tensor | None = None  # (m,) how hard the newest step pulled at each current splat, at least 0
     selection: Tensor | None = None  # (n,) bool, rows of the source that are selected
+    marked: bool = True  # whether these are marked in what is shown
     look: str = "after"  # a key of looks.LOOKS
     split: float = 0.5  # look "split": share of the width, from the left, that shows the source
     display: str = "auto"  # auto, splats (drawn by the browser) or frames (drawn here, true colours)

@@ -62,7 +62,7 @@ def encode(gaussians: Gaussians, at: Place, budget: int | None = None) -> Encode
         hidden = 1 + np.exp(-opacities)
     deviations = np.maximum(deviations, THINNEST * deviations.max(1, keepdims=True))
     return Encoded(
-        (means - np.float32(at.position)) / np.float32(at.scale),
+        (means - np.array(at.position, np.float32)) / np.float32(at.scale),
         covariances(quats, deviations),
         as_bytes(0.5 + SH_C0 * sh0),
         as_bytes(1 / hidden)[:, None],

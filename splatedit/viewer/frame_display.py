@@ -86,11 +86,12 @@ class Speed(NamedTuple):
         return self.splat * splats + self.pixel * pixels
 
     def learned(self, splats: int, pixels: int, seconds: float) -> Speed:
-        """Half the way to what was measured; each price bears its part of the blame, and stays above 0."""
+        """Half the way to what was measured, or all of it if it is far; each price bears its part of the blame."""
         expected = self.seconds(splats, pixels)
-        ratio = min(max(seconds / expected, 0.1), 10.0)
-        share = self.splat * splats / expected
-        return self._replace(splat=self.splat * ratio ** (share / 2), pixel=self.pixel * ratio ** ((1 - share) / 2))
+        ratio = max(seconds, 1e-6) / expected
+        part = self.splat * splats / expected
+        way = 0.5 if 0.5 < ratio < 2 else 1.0
+        return self._replace(splat=self.splat * ratio ** (part * way), pixel=self.pixel * ratio ** ((1 - part) * way))
 
 
 class Plan(NamedTuple):
@@ -124,7 +125,7 @@ def moving_plan(full: int, splats: int, speed: Speed, seconds: float) -> Plan:
     """As many pixels as fit into the time and the bytes; half, a quarter, ... of the Gaussians if they are too many."""
     while splats > 20_000 and speed.splat * splats > 0.6 * seconds:
         splats = -(-splats // 2)
-    pixels = min((seconds - speed.splat * splats) / speed.pixel, RATE * max(seconds, LEAST) / speed.byte)
+    pixels = min((seconds - speed.splat * splats) / speed.pixel, RATE * LEAST / 2 / speed.byte)
     return Plan("moving", round(min(max(pixels, FEWEST), full)), splats)
 
 
@@ -164,7 +165,7 @@ def beside(left: np.ndarray, right: np.ndarray, split: float) -> np.ndarray:
 
 
 def as_picture(rgb: Tensor) -> np.ndarray:
-    """One picture (1, 3, h, w) as uint8 (h, w, 3): `media.to_bytes` for numbers that are finite, in a fifth of the time."""
+    """One picture (1, 3, h, w) as uint8 (h, w, 3), as `media.to_bytes` of finite numbers in a fifth of the time."""
     return (rgb[0].permute(1, 2, 0) * 255).add_(0.5).clamp_(0, 255).to(torch.uint8).cpu().numpy()
 
 
@@ -223,7 +224,7 @@ class Painter:
                 continue
             here = cameras._replace(w2c=cameras.w2c.to(gaussians.means), K=cameras.K.to(gaussians.means))
             drawn.append(as_picture(render(gaussians, here, scene.background).rgb))
-        return drawn[0] if len(drawn) == 1 else beside(*drawn, scene.split)
+        return drawn[0] if len(drawn) == 1 else beside(drawn[0], drawn[1], scene.split)
 
 
 # ------------------------------------------------------------------------------------------------------------ browsers
@@ -267,7 +268,7 @@ class FrameDisplay:
         self.seats.pop(client.client_id, None)
 
     def serve(self) -> float | None:
-        """Draw the one frame that is most urgent; seconds until the next one is, None: nothing until something changes."""
+        """Draw the one frame that is most urgent; seconds until the next one is, None: not before something changes."""
         seats, shown = list(self.seats.values()), self.stage.shown
         if display.in_use(shown, self.pictures) != "frames":
             for seat in seats:
@@ -334,7 +335,7 @@ class FrameDisplay:
         now = self.clock()
         busily = busy or self.busy()
         rest = (1.0 if moving else REST) * (now - begun) if busily else 0.0
-        seat.pace.spend(now, sent, rest)
+        seat.pace.spend(begun, now, sent, rest)
         seat.scene, seat.seen, seat.pixels, seat.kind = scene, eye, how.pixels, how.kind
         seat.rough = how.splats < total or how.pixels < full or how.kind != "still"
         if how.kind != "moving":

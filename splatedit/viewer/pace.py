@@ -1,4 +1,4 @@
-"""How often: bytes a second on the wire, a share of the time while something else has to get on, a thread that waits."""
+"""How often: bytes a second on the wire, a share of the time where others have to get on, a thread that waits."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ LOG = logging.getLogger(__name__)
 
 
 class Pace:
-    """What was sent says when the next may be: so many bytes a second, not more often than `least` seconds apart."""
+    """What was sent says when the next may be begun: so many bytes a second, at least `least` seconds apart."""
 
     def __init__(self, rate: float, least: float):
         self.rate, self.least = rate, least
-        self.ready = 0.0  # from when on the next may be sent, on the clock that `spend` is told
+        self.ready = 0.0  # from when on the next may be begun, on the clock that `spend` is told
 
-    def spend(self, now: float, sent: int, rest: float = 0.0) -> None:
-        """Note that `sent` bytes went out now; rest: seconds to leave to others besides."""
-        self.ready = now + max(self.least, sent / self.rate, rest)
+    def spend(self, begun: float, now: float, sent: int, rest: float = 0.0) -> None:
+        """Note that `sent` bytes, begun then, went out now; rest: seconds to leave to others after that."""
+        self.ready = max(begun + self.least, now + sent / self.rate, now + rest)
 
 
 class Loop:

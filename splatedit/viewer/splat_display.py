@@ -125,7 +125,7 @@ class SplatDisplay:
         """Note what an update has cost."""
         now = self.clock()
         sent = encoded.n * BYTES * len(self.server.get_clients())
-        self.pace.spend(now, sent, rest=REST * (now - begun) if self.busy() else 0.0)
+        self.pace.spend(begun, now, sent, rest=REST * (now - begun) if self.busy() else 0.0)
 
     def reveal(self, name: str | None) -> None:
         """Show this node and hide the other, in one step."""

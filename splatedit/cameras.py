@@ -78,7 +78,7 @@ def bounds(gaussians: Gaussians) -> Bounds:
 
 
 def visible(gaussians: Gaussians, most: int = 50_000) -> tuple[np.ndarray, np.ndarray]:
-    """Means (m, 3) and weights (m,), how much each one can be seen (`extents.weigh`), float64; at most `most`, at random."""
+    """Means (m, 3) and how much each can be seen (m,), `extents.weigh`, float64; of at most `most` drawn at random."""
     seen = [value.detach() for value in (gaussians.means, gaussians.scales, gaussians.opacities)]
     if gaussians.n > most:  # quantiles of a sample will do, and a million Gaussians take no longer than this
         rows = torch.randperm(gaussians.n, generator=torch.Generator().manual_seed(0))[:most]

@@ -10,14 +10,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from splatedit.config import Config
 from splatedit.errors import InputError
-from splatedit.viewer import framing
+from splatedit.viewer import display, framing
 from splatedit.viewer.server import Served, serve
 from splatedit.viewer.stage import Shown, Stage, continued, opened
 
@@ -60,15 +58,10 @@ class App:
         self.served = served or serve(host, port, origins=origins)
         self.server, self.token = self.served
         self.quick, self.slow = Worker("actions"), Worker("background")
-        # viser would stop the server when the program ends, which takes seconds once a browser has been there.
-        for stop in (self.server.stop, self.server._websock_server.stop):
-            atexit.unregister(stop)
         atexit.register(self.leave)
         self.aim(shown)
         self.stage.listeners.append(self.turn)
-        self.displays: Any = None
-        if find_spec("splatedit.viewer.frame_display"):
-            self.displays = import_module("splatedit.viewer.display").start(self)
+        self.displays = display.start(self)
         tabs = self.server.gui.add_tab_group()
         for name, build in PANELS.items():
             with tabs.add_tab(name):
@@ -228,8 +221,7 @@ class App:
         self.closed.set()
         atexit.unregister(self.leave)
         self.stage.close()
-        if self.displays is not None:
-            self.displays.close()
+        self.displays.close()
         self.quick.close()
         self.slow.close()
         # Once a browser has been here this takes six seconds.
@@ -239,7 +231,7 @@ class App:
         """The program ends: let threads come out of torch, in which a thread that is cut off can crash the process."""
         self.close()
         end = time.monotonic() + FAREWELL
-        for busy in (self.quick, self.slow, *(self.displays.loops if self.displays else ())):
+        for busy in (self.quick, self.slow, *self.displays.loops):
             busy.thread.join(max(end - time.monotonic(), 0.0))
 
     def __enter__(self) -> App:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hmac
@@ -73,6 +74,8 @@ def serve(host: str = "127.0.0.1", port: int = 0, *, origins: Sequence[str] = ()
         server.stop()
         raise RuntimeError(f"viser {viser.__version__} opens its port in a way that cannot be guarded; nothing runs.")
     forbid_sharing(server)
+    for stop in (server.stop, server._websock_server.stop):  # when the program ends: that takes seconds, and is no use
+        atexit.unregister(stop)
     return Served(server, token)
 
 

@@ -34,16 +34,30 @@ def show(
 ) -> None:
     """Show one or two splat files until Ctrl-C; `tell` is called with the address. Raises InputError.
 
-    open_browser: None opens one if there is a screen and somebody at a terminal.
+    open_browser: None opens one if there is a screen and somebody at a terminal. A file that a first look is enough for
+    is on its way to the browser while torch is still being imported; the address of others is told once they are read.
     """
-    from splatedit.viewer import view
+    from splatedit.viewer import first_look
+    from splatedit.viewer.server import serve
 
-    with view(scene, other, host=host, port=port, up=up) as app, leaving():
-        tell(app.url)
+    def told() -> None:
+        tell(served.url)
         if may_open() if open_browser is None else open_browser:
-            visit(app.url)
-        stderr().print("Ctrl-C ends.")
-        linger(app)
+            visit(served.url)
+
+    with leaving():
+        served = serve(host, port)
+        seen = None if other is not None else first_look.glance(scene, up)
+        if seen is not None:
+            first_look.show(served.server, seen)
+            told()
+        from splatedit.viewer import view
+
+        with view(scene, other, up=up, served=served) as app:
+            if seen is None:
+                told()
+            stderr().print("Ctrl-C ends.")
+            linger(app)
 
 
 def watch(

@@ -89,8 +89,9 @@ class Told:
 
 
 @pytest.fixture
-def panel(chain):
-    """The tab, in an app of its own without a browser."""
+def panel(chain, monkeypatch):
+    """The tab, alone in an app without a browser."""
+    monkeypatch.setattr("splatedit.viewer.panels.PANELS", {})
     gaussians = files.load(chain)
     app = App(opened(gaussians, path=chain))
     app.act = lambda handler, **_: lambda event: app.guard(handler, event)  # at once

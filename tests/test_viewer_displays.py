@@ -704,7 +704,12 @@ def test_a_large_scene_comes_as_frames_coarse_while_moving_then_sharp(browser, s
         page.mouse.move(x, 300)
     until(page, lambda: [how.kind for how in kinds].count("moving") >= 1, "a frame on the way")
     page.mouse.up()
-    until(page, lambda: kinds[-1].kind == "still" and kinds[-1].pixels == 640 * 400, "a sharp frame of the new view")
+    (seat,) = frames.seats.values()
+
+    def sharp():
+        return kinds[-1].kind == "still" and kinds[-1].pixels == seat.eye.width * seat.eye.height
+
+    until(page, sharp, "a sharp frame of the new view")
     assert {how.kind for how in kinds} == {"moving", "still"} and kinds[0].kind == "moving"
     until(page, lambda: math.dist(centroid(pixels(page), 0)[:2], before[:2]) > 5, "the view from elsewhere")
     keep(page, "display-turned")

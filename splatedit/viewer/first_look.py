@@ -26,6 +26,10 @@ RADIUS, SMALLEST, LARGEST, THINNEST = 32.0, 2.0**-11, 240.0, 2.0**-5  # as in en
 SH_C0 = 0.28209479177387814  # gaussians.SH_C0
 POSITION, COLOR = ("x", "y", "z"), ("f_dc_0", "f_dc_1", "f_dc_2")
 SIZE, TURN = ("scale_0", "scale_1", "scale_2"), ("rot_0", "rot_1", "rot_2", "rot_3")
+NEEDED = (*POSITION, *COLOR, *SIZE, *TURN, "opacity")
+TYPES = {"float": "<f4", "float32": "<f4", "double": "<f8", "float64": "<f8", "char": "i1", "int8": "i1", "uchar": "u1"}
+TYPES |= {"uint8": "u1", "short": "<i2", "int16": "<i2", "ushort": "<u2", "uint16": "<u2", "int": "<i4", "int32": "<i4"}
+TYPES |= {"uint": "<u4", "uint32": "<u4"}
 
 
 class Glance(NamedTuple):
@@ -82,7 +86,7 @@ def glance(path: str | Path, up: str | None = None) -> Glance | None:
 
 
 def columns(path: Path) -> tuple[dict[str, np.ndarray], list[str]] | None:
-    """The columns (n,) by name, and the comments, of a little-endian file of floats alone; None if it is not that."""
+    """The columns (n,) by name, and the comments, of a little-endian file of vertices alone; None if it is not that."""
     with open(path, "rb") as stream:
         head, ended, _ = stream.read(1 << 16).partition(b"end_header\n")
     lines = head.decode("ascii").split("\n")
@@ -91,14 +95,15 @@ def columns(path: Path) -> tuple[dict[str, np.ndarray], list[str]] | None:
     comments = [line.removeprefix("comment ") for line in lines if line.startswith("comment ")]
     rest = [line for line in lines[2:] if line and not line.startswith("comment ")]
     element = re.fullmatch(r"element vertex (\d{1,9})", rest[0])
-    names = [re.fullmatch(r"property float(?:32)? (\w+)", line) for line in rest[1:]]
-    if element is None or not all(names) or not 0 < int(element[1]) <= MOST:
+    kinds = [re.fullmatch(r"property (\w+) (\w+)", line) for line in rest[1:]]
+    if element is None or not all(kinds) or not 0 < int(element[1]) <= MOST:
         return None
+    row = np.dtype([(kind[2], TYPES[kind[1]]) for kind in kinds if kind])
     n, start = int(element[1]), len(head) + len(ended)
-    if path.stat().st_size != start + 4 * n * len(names):
+    if path.stat().st_size != start + n * row.itemsize or any(row[name] != "<f4" for name in NEEDED):
         return None
-    rows = np.fromfile(path, "<f4", offset=start).reshape(n, len(names))
-    return {name[1]: rows[:, i] for i, name in enumerate(names) if name}, comments
+    rows = np.fromfile(path, row, offset=start)
+    return {name: rows[name] for name in NEEDED}, comments
 
 
 def beside(path: Path) -> str | None:

@@ -28,7 +28,7 @@ def place(centre: np.ndarray, radius: float, up: str, aspect: float = 1.0) -> Pl
     above = direction(up)
     right = np.array([0.0, 1, 0] if up[1] == "x" else [1.0, 0, 0])
     tilt = np.radians(ELEVATION)
-    forward = np.cross(right, above) * np.cos(tilt) - above * np.sin(tilt)
+    forward = np.cross(above, right) * np.cos(tilt) - above * np.sin(tilt)
     half = np.radians(FOV) / 2  # of the height
     half = min(half, np.arctan(np.tan(half) * aspect))
     target = np.asarray(centre, np.float64)

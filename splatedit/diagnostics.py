@@ -111,7 +111,11 @@ class Rows(list[Row]):
     def __repr__(self) -> str:
         if not self:
             return "(no rows)"
-        lines = [columns := headings(self), *([with_error(row, name) for name in columns] for row in self)]
+        columns = headings(self)
+        lines = [
+            [name.replace("|", "\\|") for name in columns],
+            *([with_error(row, c) for c in columns] for row in self),
+        ]
         wide = [max(len(line[k]) for line in lines) for k in range(len(columns))]
         text = ["| " + " | ".join(cell.ljust(n) for cell, n in zip(line, wide, strict=True)) + " |" for line in lines]
         return "\n".join([text[0], "|" + "|".join("-" * (n + 2) for n in wide) + "|", *text[1:]])

@@ -295,6 +295,7 @@ def test_a_notebook_shows_rows_as_a_table_and_a_table_as_its_figure():
     ]
     found = diagnostics.averaged(rows, ("solver",), ("v",))
     assert found._repr_markdown_().splitlines() == repr(found).splitlines() == expected
+    assert repr(diagnostics.Rows([{"|r|": 2}])).splitlines()[0] == r"| \|r\| |"
     assert found[0]["v"] == 1.5 and repr(diagnostics.Rows()) == "(no rows)"
     table = diagnostics.drift(subject(Affine()), seeded(), steps=(300,), solvers=("picard",), iters=1)
     assert table._repr_png_().startswith(b"\x89PNG")

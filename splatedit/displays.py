@@ -221,7 +221,8 @@ def job_numbers(job: Job) -> str:
     if job.pace is not None:
         said.append(f"{job.pace:.2f} s a step")
     if not job.ended and job.seconds_left is not None:
-        said.append(f"{job.seconds_left:.0f} s left")
+        left = job.seconds_left
+        said.append(f"{left:.0f} s left" if left < 120 else f"{left / 60:.0f} min left")
     return ", ".join(said)
 
 

@@ -79,9 +79,9 @@ def viewer_of(key: tuple[Any, ...], scene: Any, other: Any, **more: Any) -> App:
         return known[1]
     while len(VIEWERS) >= MOST:
         VIEWERS.pop(next(iter(VIEWERS)))[1].close()
-    base = os.environ.get(BASE_URL, "")
-    if base.startswith("http") and not more.get("origins"):  # pages from there are ours
-        more["origins"] = ["{0.scheme}://{0.netloc}".format(urlsplit(base.replace("{port}", "1")))]
+    page = urlsplit(os.environ.get(BASE_URL, ""))
+    if page.scheme in ("http", "https") and "{" not in page.netloc:  # pages from there are ours
+        more.setdefault("origins", [f"{page.scheme}://{page.netloc}"])
     app = view(scene, other, **more)
     VIEWERS[tuple(map(id, key))] = (key, app)
     return app
@@ -100,7 +100,8 @@ def before_after(source: Gaussians, current: Gaussians, up: str | None = None) -
     from splatedit.displays import compare
 
     pair = compare(source, current, size=256, up=up)
-    return pair.before[0] if source is current or source.means is current.means else pair.picture
+    same = all(current.parameters[name] is value for name, value in source.parameters.items())
+    return pair.before[0] if same else pair.picture
 
 
 def embed(app: App, height: int) -> None:

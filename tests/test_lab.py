@@ -120,7 +120,7 @@ def test_it_ends_as_the_program_that_it_started():
 # --------------------------------------------------------------------------------------------------------- in a browser
 CELLS = (
     "import splatedit\ngaussians = splatedit.load({scene!r})\ngaussians",
-    'job = splatedit.start(gaussians, "a pig", source="a cat", model={model!r}, steps=5000, views=3)\njob',
+    'job = splatedit.start(gaussians, "a pig", source="a cat", model={model!r}, steps=5000, views=3)\njob.pause()\njob',
     "job.show(height=320)",
 )
 
@@ -163,7 +163,7 @@ def opened(browser, tmp_path):
             )
         )
         answers(f"http://127.0.0.1:{port}/api/status?token={TOKEN}")
-        page = open_page(browser, f"http://127.0.0.1:{port}/lab/tree/notebooks/{path.name}?token={TOKEN}", 900, 1000)
+        page = open_page(browser, f"http://127.0.0.1:{port}/lab/tree/notebooks/{path.name}?token={TOKEN}", 1280, 1000)
         page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
         until(page, lambda: page.evaluate(IDLE), "a kernel")
         page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
@@ -190,9 +190,16 @@ def answers(url: str, seconds: float = 60.0) -> None:
     raise AssertionError(f"not within {seconds:g} s: {url}")
 
 
+def middle(viewer) -> np.ndarray:
+    """The part of the viewer that neither its panel nor a notification covers."""
+    image = pixels(viewer)
+    height, width = image.shape[:2]
+    return image[height // 2 :, width // 8 : width // 2]
+
+
 def drawn(image: np.ndarray) -> float:
-    """Share of the pixels that are not of one colour, the background's."""
-    return float((np.abs(image - image[2, image.shape[1] // 2]) > 24).any(2).mean())
+    """Share of the pixels that are not of one colour, the background's at the lower left."""
+    return float((np.abs(image - image[-3, 2]) > 24).any(2).mean())
 
 
 @pytest.mark.browser
@@ -206,9 +213,15 @@ def test_an_edit_is_watched_in_a_cell(notebook, opened):
     assert kinds[0] == ["text/html"] and kinds[2] == ["image/png", "text/html"], "a picture, then what is live"
     assert kinds[1][0] == "image/png" and "widget-view" in kinds[1][1]
     page.locator(".jp-OutputArea iframe").scroll_into_view_if_needed()
-    first = until(page, lambda: (p := pixels(viewer)) is not None and drawn(p) > 0.03 and p, "splats in the cell")
-    keep(page, "lab_watching")
-    until(page, lambda: np.abs(pixels(viewer) - first).mean() > 2, "the splats change while the edit runs")
+    until(page, lambda: drawn(middle(viewer)) > 0.03, "splats in the cell")
+    until(page, lambda: np.abs(middle(viewer) - middle(viewer)).max() < 4, "the scene has faded in")
+    first = middle(viewer)
+    keep(page, "lab_paused")
+    assert np.abs(middle(viewer) - first).mean() < 0.5, "nothing moves while the edit is held"
+    page.get_by_role("button", name="Resume").click()
+    page.locator(".jp-OutputArea iframe").scroll_into_view_if_needed()
+    until(page, lambda: np.abs(middle(viewer) - first).mean() > 3, "the splats change while the edit runs")
+    keep(page, "lab_running")
     page.get_by_role("button", name="Stop").click()
     until(page, lambda: page.get_by_text("stopped", exact=True).count(), "Stop, in the cell of `job`, stops the edit")
     keep(page, "lab_stopped")

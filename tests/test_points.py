@@ -53,7 +53,7 @@ def test_sds_overshoots_in_proportion_to_the_scale():
     """With a null text of the same width, its score under guidance is that of a Gaussian at null + w (blue - null)."""
     null = torch.zeros(2, dtype=torch.float64)
     means = torch.stack([RED, BLUE, null])[..., None, None]
-    plane = Plane(MixtureDenoiser(means, floor=0.3**2), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    plane = Plane(MixtureDenoiser(means, floor=0.3**2), red=(1, 0, 0), blue=(0, 1, 0), null=(0, 0, 1))
     ends = travel(plane, "sds", count=20, scale=3, t_range=(0.3, 0.5), rate=0.1, steps=300).points
     torch.testing.assert_close(ends.mean(0), 3 * BLUE, rtol=0, atol=0.05)
 

@@ -117,7 +117,8 @@ def draw_frusta(app: App, name: str, keys: list[Key], names: tuple[str, ...], co
             key.fov,
             1.0,
             scale=FRUSTUM * radius,
-            thickness=0.004 * radius,
+            thickness=1.5,
+            thickness_units="screen",  # who looks through a camera sees its lines from nearby
             color=color,
             wxyz=wxyz(key),
             position=key.position,
@@ -276,9 +277,8 @@ class Keyframes:
             views = paths.along(self.keys, 20 * count, self.loop.value)
             dots = np.stack([view.position for view in [*views, *(views[:1] if self.loop.value else [])]])
             line = np.stack([dots[:-1], dots[1:]], 1).astype(np.float32)
-            radius = self.app.stage.shown.extent.radius
             add = self.app.server.scene.add_line_segments
-            self.drawn.append(add("/keyframes/way", line, KEY, thickness=0.004 * radius))
+            self.drawn.append(add("/keyframes/way", line, KEY, thickness=1.5, thickness_units="screen"))
 
     def start(self, event: Any) -> None:
         """Play the keyframes in the browser that asked, or stop."""

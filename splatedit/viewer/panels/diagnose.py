@@ -278,6 +278,19 @@ def write(found: Found, folder: Path) -> Path:
     return folder
 
 
+def lines_of(names: Sequence[str]) -> tuple[Any, ...]:
+    """The columns of the plot: noise levels, then a line of this name each, the first one grey."""
+    from viser import uplot
+
+    last = max(len(names) - 2, 1)
+    shades = [COLORS[0], *(COLORS[1 + round(k * (len(COLORS) - 2) / last)] for k in range(len(names) - 1))]
+    lines = (
+        uplot.Series(label=name, stroke=color, width=2.0, points=uplot.Series_Points(show=True, size=5.0))
+        for name, color in zip(names, shades, strict=True)
+    )
+    return uplot.Series(label="t"), *lines
+
+
 # --------------------------------------------------------------------------------------------------------------- panel
 class Panel:
     """The elements of the tab, and what was found last."""
@@ -293,7 +306,7 @@ class Panel:
         self.bar = gui.add_progress_bar(0.0, visible=False, animated=True)
         self.cancel = gui.add_button("Cancel", visible=False)
         self.said = gui.add_markdown("Turn to a view, then ask: drift by noise level, without FPR and with it.")
-        self.plot = self.empty_plot(1)
+        self.plot = self.empty_plot()
         self.strip = gui.add_image(np.full((2, 2, 3), 255, np.uint8), format="png", visible=False)
         self.under = gui.add_markdown("", visible=False)
         self.maps = gui.add_image(np.full((2, 2, 3), 255, np.uint8), format="png", visible=False)
@@ -304,26 +317,19 @@ class Panel:
         self.save.on_click(app.act(self.store, slow=True))
         whenever(app, self.held, self.begin_waiting)
 
-    def empty_plot(self, iters: int) -> Any:
-        """Lines over noise levels: one without FPR, one after each iteration."""
+    def empty_plot(self) -> Any:
+        """A plot over noise levels, without lines."""
         from viser import uplot
 
-        names = ["no FPR", *(f"after {k + 1}" for k in range(iters))]
-        shades = [COLORS[0], *(COLORS[1 + round(k * (len(COLORS) - 2) / max(iters - 1, 1))] for k in range(iters))]
-        lines = [
-            uplot.Series(label=name, stroke=color, width=2.0, points=uplot.Series_Points(show=True, size=5.0))
-            for name, color in zip(names, shades, strict=True)
-        ]
         axes = [uplot.Axis(stroke=COLORS[0], size=size, font="10px sans-serif") for size in (30, 44)]
         return self.app.server.gui.add_uplot(
-            tuple(np.zeros(0) for _ in range(2 + iters)),
-            (uplot.Series(label="t"), *lines),
+            (np.zeros(0), np.zeros(0)),
+            lines_of(["no FPR"]),
             title="posterior-mean drift by noise level",
             scales={"x": uplot.Scale(time=False, auto=True)},  # its own default is clock time
             axes=tuple(axes),
             height=220,
             visible=False,
-            order=self.said._impl.props.order + 1e-3,
         )
 
     def held(self) -> bool:
@@ -375,9 +381,9 @@ class Panel:
         self.found = found
         said = found.asked
         levels, lines = curves(found.drift)
-        self.plot.remove()
-        self.plot = self.empty_plot(said.iters)
-        self.plot.data = tuple(np.array(values, float) for values in (levels, *lines.values()))
+        with self.app.server.atomic():
+            self.plot.series = lines_of(list(lines))
+            self.plot.data = tuple(np.array(values, float) for values in (levels, *lines.values()))
         self.strip.image, self.maps.image = strip(found.means), pulls_over(found)
         self.under.content, self.below.content = map(escape, captions(found))
         for element in (self.plot, self.strip, self.under, self.maps, self.below):

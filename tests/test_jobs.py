@@ -428,12 +428,12 @@ ENDING = """
     import sys, time, threading
     import splatedit
     if {paused}:
-        job = splatedit.start(sys.argv[1], "a pig", "a cat", model=sys.argv[2], output_dir=sys.argv[3], steps=10**6)
+        job = splatedit.start(sys.argv[1], "a pig", "a cat", model=sys.argv[2], output_dir=sys.argv[3], steps=5000, cameras="dome:3")
         job.step(2)
         while job.state != "paused":
             time.sleep(0.01)
     else:
-        job = splatedit.start(sys.argv[1], "a pig", "a cat", model=sys.argv[2], output_dir=sys.argv[3], steps=10**6)
+        job = splatedit.start(sys.argv[1], "a pig", "a cat", model=sys.argv[2], output_dir=sys.argv[3], steps=5000, cameras="dome:3")
         while job.done < 3:
             time.sleep(0.01)
     print(job.folder)

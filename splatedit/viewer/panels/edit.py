@@ -24,6 +24,7 @@ from splatedit.config import (
     KEYS,
     PRESETS,
     SOLVERS,
+    TEXT,
     TIMESTEPS,
     Config,
     as_command,
@@ -107,7 +108,8 @@ def changed(config: Config, key: str, text: str) -> Config:
         raise InputError(f"{key}: it is empty ({KEYS[key]}).")
     if key == "preset":
         return load_config(options={"preset": text}, defaults=config)
-    new = replace(config, **{key: typed(key, parse_word(f"{key}={text}")[key])})
+    value = text if key in TEXT else typed(key, parse_word(f"{key}={text}")[key])
+    new = replace(config, **{key: value})
     check(new)
     return new
 

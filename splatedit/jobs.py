@@ -130,6 +130,12 @@ class Job:
             callback(self)
         return ended
 
+    def settle(self, timeout: float | None = None) -> bool:
+        """Whether the job is held or has ended, as `pause` and `step` make it, after `timeout` seconds at most."""
+        with self._changed:
+            held = lambda: self.ended or (self._state == "paused" and self._held())  # noqa: E731
+            return self._changed.wait_for(held, timeout)
+
     def result(self, timeout: float | None = None) -> Gaussians:
         """Wait for the end and return the edited splats: after a stop what was done until then.
 

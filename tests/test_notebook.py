@@ -280,6 +280,17 @@ def test_a_mistake_is_one_line_in_ipython(capsys):
     assert "InputError: steps: found 0, expected 1." in out and "Traceback" not in out and len(out.splitlines()) <= 2
 
 
+def test_steps_can_be_waited_for(cloud, tiny_model, one_thread):
+    """As notebook 01 does: held before the first step, two steps, the rest."""
+    job = splatedit.start(cloud, "a pig", "a cat", model=str(tiny_model), steps=4, views=2)
+    job.pause()
+    assert job.settle(60) and job.done == 0 and job.last is None
+    job.step(2)
+    assert job.settle(60) and job.done == 2 and job.state == "paused"
+    job.resume()
+    assert job.result(60).n == 300 and job.settle(0) and job.done == 4
+
+
 # -------------------------------------------------------------------------------------------------------- in a notebook
 @pytest.mark.slow
 def test_a_notebook_that_runs_unattended_holds_the_result(tmp_path, scene_file, tiny_model):

@@ -33,7 +33,8 @@ def harmless(text: str) -> bool:
 
 def pixels(page: Any) -> np.ndarray:
     """What the canvas shows, (h, w, 3) int."""
-    shot = page.locator("canvas").first.screenshot()
+    # A screenshot of the element itself waits for two frames that are alike, which takes long on a busy machine.
+    shot = page.screenshot(clip=page.locator("canvas").first.bounding_box())
     return np.asarray(Image.open(io.BytesIO(shot)).convert("RGB")).astype(int)
 
 

@@ -142,7 +142,7 @@ class Panel:
         self.split = gui.add_slider("Split at", 0.0, 1.0, 0.01, shown.split, visible=shown.look == "split")
         self.legend = gui.add_html(legend(shown))
         self.measure = gui.add_button("Difference in numbers")
-        self.told = gui.add_html("", visible=False)
+        self.numbers = gui.add_html("", visible=False)
         self.refreshing = app.act(self.refresh, newest=True)
         self.toggle.on_click(app.act(lambda event: self.press("before", event)))
         self.look.on_update(app.act(lambda event: self.show(self.look.value, event)))
@@ -193,7 +193,7 @@ class Panel:
         lines = numbers(shown)
         if client is not None:
             lines += [("PSNR in this view", decibels(view_psnr(shown, small_view(client))))]
-        self.told.content, self.told.visible = table(lines), True
+        self.numbers.content, self.numbers.visible = table(lines), True
 
     def follow(self, shown: Shown, fields: frozenset[str]) -> None:
         """Something else is shown."""

@@ -56,8 +56,8 @@ def wire_sphere(radius: float, parts: int = 48) -> np.ndarray:
 
 
 def rounded(values: Any, radius: float) -> tuple[float, ...]:
-    """Lengths to a ten-thousandth of the scene's radius, which nobody sees and which are short to write."""
-    digits = 4 - math.floor(math.log10(radius))
+    """Lengths to a thousandth of the scene's radius or finer: nobody sees less, and they are short to write."""
+    digits = 3 - math.floor(math.log10(radius))
     return tuple(round(float(v), digits) for v in values)
 
 
@@ -123,25 +123,24 @@ class Panel:
         gui, act = self.app.server.gui, self.app.act
         step = rounded([self.app.stage.shown.extent.radius / 100], self.app.stage.shown.extent.radius)[0]
         fine = {"step": step}
-        self.box_centre = gui.add_vector3("Centre", self.box.centre, **fine)  # type: ignore[arg-type]
-        self.box_size = gui.add_vector3("Size", self.box.size, **fine)  # type: ignore[arg-type]
-        self.box_text = gui.add_text("As text", "", hint="as --mask-box takes it: cx,cy,cz,sx,sy,sz, and w,x,y,z")
-        self.place = gui.add_button("Place by a click", hint="the next click on the scene is its centre")
-        self.ball_centre = gui.add_vector3("Centre", self.sphere.centre, **fine)  # type: ignore[arg-type]
-        self.ball_radius = gui.add_slider("Radius", step, 150 * step, step, self.sphere.radius)
-        self.ball_text = gui.add_text("As text", "", hint="as --mask-sphere takes it: x,y,z,r")
-        self.rule = gui.add_text("Rule", "opacity > 0.5")
-        self.words = gui.add_text("Words", "auto", hint="auto, or words of the source prompt")
-        self.cut = gui.add_text("Above", "", hint="relevance, 1 is the 95th percentile; empty: found")
-        self.path = gui.add_text("File", "")
-        self.upload = gui.add_upload_button("Upload a file", hint="a mask file or a list of rows, from your computer")
-        self.tools = {
-            "box": (self.box_centre, self.box_size, self.box_text),
-            "sphere": (self.place, self.ball_centre, self.ball_radius, self.ball_text),
-            "rule": (self.rule,),
-            "text": (self.words, self.cut),
-            "file": (self.path, self.upload),
-        }
+        self.tools = {name: gui.add_folder(name.capitalize(), visible=False) for name in TOOLS if name != "rectangle"}
+        with self.tools["box"]:
+            self.box_centre = gui.add_vector3("Centre", self.box.centre, **fine)  # type: ignore[arg-type]
+            self.box_size = gui.add_vector3("Size", self.box.size, **fine)  # type: ignore[arg-type]
+            self.box_text = gui.add_text("As text", "", hint="as --mask-box takes it: cx,cy,cz,sx,sy,sz, and w,x,y,z")
+        with self.tools["sphere"]:
+            self.place = gui.add_button("Place by a click", hint="the next click on the scene is its centre")
+            self.ball_centre = gui.add_vector3("Centre", self.sphere.centre, **fine)  # type: ignore[arg-type]
+            self.ball_radius = gui.add_slider("Radius", step, 150 * step, step, self.sphere.radius)
+            self.ball_text = gui.add_text("As text", "", hint="as --mask-sphere takes it: x,y,z,r")
+        with self.tools["rule"]:
+            self.rule = gui.add_text("Rule", "opacity > 0.5")
+        with self.tools["text"]:
+            self.words = gui.add_text("Words", "auto", hint="auto, or words of the source prompt")
+            self.cut = gui.add_text("Above", "", hint="relevance, 1 is the 95th percentile; empty: found")
+        with self.tools["file"]:
+            self.path = gui.add_text("Path", "")
+            self.upload = gui.add_upload_button("Upload", hint="a mask file or a list of rows, from your computer")
         for field in (self.box_centre, self.box_size):
             field.on_update(act(self.box_by_numbers, newest=True))
         for field in (self.ball_centre, self.ball_radius):
@@ -154,14 +153,15 @@ class Panel:
     def build_shapes(self) -> None:
         """Handles and wires; they lie in the scene and are seen in every browser."""
         scene, act, radius = self.app.server.scene, self.app.act, self.app.stage.shown.extent.radius
+        # What lies within the scene is hidden by its splats: arrows that reach out of it can be seen.
         free = {"translation_limits": FAR, "depth_test": False}
         line = {"thickness": 2.0, "thickness_units": "screen"}
-        self.frame = scene.add_transform_controls("/select/box", 0.5 * radius, **free)
+        self.frame = scene.add_transform_controls("/select/box", 1.2 * radius, **free)
         self.corner = scene.add_transform_controls(
-            "/select/box/size", 0.2 * radius, disable_rotations=True, disable_sliders=True, **free
+            "/select/box/size", 0.3 * radius, disable_rotations=True, disable_sliders=True, **free
         )
         self.edges = scene.add_line_segments("/select/box/edges", wire_box(self.box.size), WIRE, **line)
-        self.ball = scene.add_transform_controls("/select/sphere", 0.5 * radius, disable_rotations=True, **free)
+        self.ball = scene.add_transform_controls("/select/sphere", 0.7 * radius, disable_rotations=True, **free)
         self.circles = scene.add_line_segments("/select/sphere/circles", wire_sphere(self.sphere.radius), WIRE, **line)
         self.frame.on_update(act(self.box_by_frame, newest=True))
         self.corner.on_update(act(self.box_by_corner, newest=True))
@@ -173,9 +173,8 @@ class Panel:
         """Show what the tool asks for."""
         chosen = self.tool.value
         self.says.content = TOOLS[chosen]
-        for name, fields in self.tools.items():
-            for field in fields:
-                field.visible = name == chosen
+        for name, folder in self.tools.items():
+            folder.visible = name == chosen
         self.select.visible = chosen != "rectangle"
         self.frame.visible, self.ball.visible = chosen == "box", chosen == "sphere"
 

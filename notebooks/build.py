@@ -60,8 +60,9 @@ def read(source: Path) -> Any:
 
 
 def run(notebook: Any, seconds: int = 600) -> None:
-    """Run every cell from top to bottom in a kernel of its own; raises nbclient's CellExecutionError."""
+    """Run every cell from top to bottom in a kernel of its own; raises SystemExit with the first error."""
     from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
 
     client = NotebookClient(
         notebook,
@@ -71,7 +72,10 @@ def run(notebook: Any, seconds: int = 600) -> None:
         coalesce_streams=True,
         resources={"metadata": {"path": str(HERE)}},
     )
-    client.execute(env={**os.environ, "SPLATEDIT_QUICK": "", "OMP_WAIT_POLICY": "passive"})
+    try:
+        client.execute(env={**os.environ, "SPLATEDIT_QUICK": "", "OMP_WAIT_POLICY": "passive"})
+    except CellExecutionError as error:
+        raise SystemExit(str(error)) from None
     strip(notebook)
 
 

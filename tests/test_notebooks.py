@@ -162,3 +162,18 @@ def test_large_pictures_lose_colours_but_not_their_looks(build):
     assert np.abs(seen - np.asarray(picture)).mean() < 8
     film = png(save_all=True, append_images=[picture.rotate(90)])
     assert build.smaller(film) == film
+
+
+@pytest.mark.slow  # starts kernels
+def test_a_notebook_is_run_in_full_size_and_its_first_error_is_told(build, tmp_path, monkeypatch):
+    pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv(QUICK, "1")
+    source = tmp_path / "99_test.py"
+    source.write_text("# %%\nfrom splatedit.sizes import size\n\nsize(600, quick=60)\n")
+    notebook = build.read(source)
+    build.run(notebook)
+    assert notebook.cells[0].outputs[0].data == {"text/plain": "600"} and notebook.cells[0].execution_count == 1
+    source.write_text("# %%\nprint(1)\n\n# %%\n1 / 0\n")
+    with pytest.raises(SystemExit, match="ZeroDivisionError"):
+        build.run(build.read(source))

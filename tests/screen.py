@@ -32,9 +32,9 @@ def harmless(text: str) -> bool:
 
 
 def pixels(page: Any) -> np.ndarray:
-    """What the canvas shows, (h, w, 3) int."""
+    """What the scene's canvas shows, (h, w, 3) int; plots have canvases of their own."""
     # A screenshot of the element itself waits for two frames that are alike, which takes long on a busy machine.
-    shot = page.screenshot(clip=page.locator("canvas").first.bounding_box())
+    shot = page.screenshot(clip=page.locator("canvas[data-engine]").bounding_box())
     return np.asarray(Image.open(io.BytesIO(shot)).convert("RGB")).astype(int)
 
 

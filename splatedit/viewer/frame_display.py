@@ -31,9 +31,10 @@ LEAST = 1 / 15  # seconds between two frames for a browser
 MOVING = 1 / 12  # seconds that a frame may take while the camera moves
 STILL = 0.25  # likewise the first one after that, and each at the most four times as fine
 LIVE = 0.15  # likewise while an edit is at work and nobody moves the camera
-REST = 15.0  # while an edit is at work: seconds of rest for each second that such a frame took
+REST = 20.0  # while an edit is at work: seconds of rest for each second that such a frame took
 STANDS = 0.25  # seconds after its last move from which on a camera stands still
 LARGEST, FEWEST = 2_100_000, 40_000  # pixels of a frame: a full HD window; as coarse as it gets
+ENOUGH = 100_000  # Gaussians that are not halved to be faster: fewer leave holes
 QUALITY = {"moving": 50, "live": 80, "still": 92}  # of JPEG
 
 
@@ -123,7 +124,7 @@ def plan(full: int, splats: int, speed: Speed, moving: bool, busy: bool, drawn: 
 
 def moving_plan(full: int, splats: int, speed: Speed, seconds: float) -> Plan:
     """As many pixels as fit into the time and the bytes; half, a quarter, ... of the Gaussians if they are too many."""
-    while splats > 20_000 and speed.splat * splats > 0.6 * seconds:
+    while splats > ENOUGH and speed.splat * splats > 0.6 * seconds:
         splats = -(-splats // 2)
     pixels = min((seconds - speed.splat * splats) / speed.pixel, RATE * LEAST / 2 / speed.byte)
     return Plan("moving", round(min(max(pixels, FEWEST), full)), splats)
@@ -327,6 +328,8 @@ class FrameDisplay:
         picture = self.painter.draw(scene, eye, how)
         taken = self.clock() - started
         self.speed = self.speed.learned(how.splats * len(scene.pictures), how.pixels * len(scene.pictures), taken)
+        if seat.client.client_id not in self.seats:
+            return
         if how.kind == "still" and eye_of(seat.client.camera) != eye:  # large, and of where nobody looks any more
             return
         sent = self.send(seat, picture, how)

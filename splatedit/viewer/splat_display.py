@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 RATE = 8e6  # bytes a second, to all browsers together
 LEAST = 0.25  # seconds between two updates
-REST = 15.0  # while an edit is at work: seconds of rest for each second that an update took
+REST = 20.0  # while an edit is at work: seconds of rest for each second that an update took
 SETTLED = 2.0  # seconds without a change, after which the node is made anew
 LINGER = 20.0  # seconds that a node stays hidden before it is dropped: hidden splats cost the browser as much as others
 

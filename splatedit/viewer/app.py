@@ -106,15 +106,19 @@ class App:
         *,
         color: Literal["red", "green", "blue"] = "red",
         client: viser.ClientHandle | None = None,
+        stay: bool = False,
     ) -> None:
-        """Show a message to one browser, or to all if it is gone; if there is none, to the next one that comes."""
+        """Show a message to one browser, or to all if it is gone; if there is none, to the next one that comes.
+
+        stay: until it is closed, as what is red does; else for a few seconds.
+        """
         there = self.server.get_clients()
         asked = None if client is None else there.get(client.client_id)
         told = list(there.values()) if asked is None else [asked]
         if not told:
             self.unseen.append((title, body, color))
         for each in told:
-            each.add_notification(title, body, color=color, auto_close_seconds=None if color == "red" else 5.0)
+            each.add_notification(title, body, color=color, auto_close_seconds=None if stay or color == "red" else 5.0)
 
     def hotkey(self, label: str, key: str, handler: Callable[[Any], None], modifier: str | None = None) -> None:
         """A command of the palette (Ctrl+K) that `key` triggers too; modifier: held with it, as "cmd/ctrl+shift"."""
@@ -129,7 +133,7 @@ class App:
             framing.move(client, *frame(self.stage.shown))
         while self.unseen:
             title, body, color = self.unseen.popleft()
-            self.notify(title, body, color=color)
+            self.notify(title, body, color=color, stay=True)
 
     def count(self) -> None:
         self.stage.clients = len(self.server.get_clients())

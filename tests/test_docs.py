@@ -34,7 +34,7 @@ def test_ci_runs_those_lines_and_no_copies():
     found = subprocess.run(["grep", "-E", "^python3 -m venv ", ROOT / "README.md"], capture_output=True, text=True)
     assert found.stdout.splitlines() == COMMANDS
     assert "grep -E '^python3 -m venv ' README.md" in ci
-    installs = re.findall(r'pip install.*', ci)
+    installs = re.findall(r"pip install.*", ci)
     assert installs == ['pip install -q -c constraints.txt ".[browser]"'], "what the README's lines do not install"
     assert "splatedit run" not in ci, "it comes from README.md"
     assert subprocess.run(["bash", "-n", ROOT / ".ci" / "run"]).returncode == 0
@@ -106,12 +106,33 @@ def test_every_module_is_in_the_architecture_table():
         assert path.name.startswith("__") or f"`{path.name}`" in text, path.name
 
 
+def usage_python(word):
+    (code,) = [block for block in re.findall(r"^```python\n(.*?)^```", USAGE, re.M | re.S) if word in block]
+    return code
+
+
 def test_usage_python_runs():
-    (code,) = re.findall(r"^```python\n(.*?)^```", USAGE, re.M | re.S)
-    assert "range(100)" in code
+    code = usage_python("range(100)")
     names: dict = {}
     exec(compile(code.replace("range(100)", "range(2)"), "usage.md", "exec"), names)
     assert names["pictures"].shape == (1, 3, 128, 128) and not names["z"].equal(names["z_source"])
+
+
+def test_usage_python_of_an_edit_in_the_background_runs(scene_file, tiny_model, tmp_path, monkeypatch):
+    code = usage_python("splatedit.start")
+    for old, new in (
+        ('"scenes/cat.ply"', repr(str(scene_file))),
+        ("steps=60", f"steps=6, cameras='dome:2', model={str(tiny_model)!r}"),
+        ("job.snapshot()", "assert job.wait(0.0) is False\nwhile job.last is None: pass\njob.snapshot()"),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("splatedit.work.FRAMES", 2)
+    monkeypatch.setattr("splatedit.work.VIEWS", 2)
+    names: dict = {}
+    exec(compile(code, "usage.md", "exec"), names)
+    assert names["edited"].n == 300 and names["job"].done == 6 and names["job"].outcome.edited.exists()
 
 
 def test_readme_python_runs(scene_file, tiny_model, tmp_path, monkeypatch):

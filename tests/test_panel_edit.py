@@ -482,7 +482,7 @@ def test_an_edit_from_the_panel_can_be_watched_held_and_stopped(viewer):
 @pytest.mark.browser
 def test_keys_typed_into_a_field_are_text_and_an_unknown_word_is_told(viewer):
     app, page = viewer
-    target = page.locator("input").first
+    target = page.get_by_text("Target", exact=True).locator("xpath=following::input[1]")
     until(page, lambda: target.input_value() == "a fox", "the panel is there")
     target.fill("")
     target.press_sequentially("a nr zebra ")

@@ -66,9 +66,8 @@ def plan(config: Config, console: Console) -> dict[str, Any]:
     clock = time.perf_counter()
     work = prepare(config, console)
     work = work._replace(mask=mask_settings.of(work, console))
-    list(
-        draw(work.gaussians.to(work.prior.device), views_of_model(work, 1), work.background)
-    )  # what is compiled, is now
+    here = work.gaussians.to(work.prior.device)
+    list(draw(here, views_of_model(work, 1), work.background))  # what is compiled, is now
     loading = time.perf_counter() - clock
     try:
         with console.status("timing a few steps"):

@@ -358,7 +358,8 @@ def start_run(
     from splatedit.work import check_run
 
     check_run(config, resume)
-    said = console or Console(file=io.StringIO(), width=WIDTH, soft_wrap=True, quiet=True)
+    # In a notebook rich would display every line in the cell, quiet or not.
+    said = console or Console(file=io.StringIO(), width=WIDTH, soft_wrap=True, quiet=True, force_jupyter=False)
 
     def edit(job: Job) -> None:
         with ExitStack() as held:

@@ -35,6 +35,7 @@ LIVE = re.compile(
 LOCAL = re.compile(
     r"(?<![\w.~-])/(?:home|root|work|tmp|usr|Users|opt|mnt)/|\b(?:localhost|127\.0\.0\.1):\d+| at 0x[0-9a-f]+"
 )
+WIDGET = "application/vnd.jupyter.widget-view+json"
 LARGEST = 6_000_000  # bytes of all notebooks together
 EXACT = 60_000  # bytes of a picture up to which it keeps all its colours
 
@@ -98,8 +99,8 @@ def stripped(output: Any) -> Any | None:
     if "text/html" in kept and ("image/png" in kept or LIVE.search(kept["text/html"])):
         del kept["text/html"]
     # <IPython.core.display.HTML object> stands for what has just been thrown away; <Figure ...> says nothing either.
-    if kept.get("text/plain", "").startswith("<") and len(data) > 1:
-        del kept["text/plain"]
+    if WIDGET in data or (kept.get("text/plain", "").startswith("<") and len(data) > 1):
+        kept.pop("text/plain", None)
     if not kept:
         return None
     if "image/png" in kept:

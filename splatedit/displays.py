@@ -7,7 +7,9 @@ it does not trust, and a bundle of HTML and PNG as nothing at all, but pictures 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import json
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -54,6 +56,11 @@ def png(picture: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
+def to_the_left(table: str) -> str:
+    """The table with its words at the left; Jupyter puts everything at the right."""
+    return table.replace("<td>", '<td style="text-align: left">')
+
+
 def image(picture: np.ndarray, alt: str) -> str:
     """A picture (h, w, 3) uint8 inside HTML."""
     height, width = picture.shape[:2]
@@ -88,7 +95,7 @@ def gaussians_bundle(gaussians: Gaussians) -> Bundle:
         rows["comments"] = "; ".join(gaussians.comments)
     picture = thumbnail(gaussians)
     shown = image(picture, repr(gaussians)) if picture is not None else "none of them can be drawn"
-    return bundle(repr(gaussians), f'<div style="{CARD}">{shown}{facts(rows)}</div>')
+    return bundle(repr(gaussians), f'<div style="{CARD}">{shown}{to_the_left(facts(rows))}</div>')
 
 
 def thumbnail(gaussians: Gaussians, size: int = THUMBNAIL, up: str | None = None) -> np.ndarray | None:
@@ -119,7 +126,7 @@ def cameras_bundle(cameras: Cameras) -> Bundle:
         "field of view": f"{fov.min():.4g}° to {fov.max():.4g}° across" if cameras.n else "–",
     }
     shown = image(frusta(cameras), repr(cameras)) if cameras.n else ""
-    return bundle(repr(cameras), f'<div style="{CARD}">{shown}{facts(rows)}</div>')
+    return bundle(repr(cameras), f'<div style="{CARD}">{shown}{to_the_left(facts(rows))}</div>')
 
 
 def frusta(cameras: Cameras, size: int = 240, azimuth: float = 25.0, elevation: float = 25.0) -> np.ndarray:
@@ -234,8 +241,9 @@ def report_bundle(report: Report) -> Bundle:
     rows = [[label, show_psnr(key, numbers[key]), says] for key, (label, says) in CHANGE.items()]
     advice = "".join(f"<li>{escape(hint)}</li>" for hint in report.advice)
     html = f"<b>{escape(VERDICTS[report.verdict])}</b>{f'<ul>{advice}</ul>' if advice else ''}"
+    said = table(["", "value", "what it says"], rows)
     text = [VERDICTS[report.verdict], *report.advice, *(f"{label}: {show(value)}" for label, value, _ in rows)]
-    return bundle("\n".join(text), f"<div>{html}{table(['', 'value', 'what it says'], rows)}</div>")
+    return bundle("\n".join(text), f"<div>{html}{to_the_left(said)}</div>")
 
 
 # ------------------------------------------------------------------------------------------------------- before, after
@@ -268,7 +276,7 @@ class Comparison(NamedTuple):
         display(self._repr_mimebundle_(), raw=True)
 
     def html(self) -> str:
-        """The pairs with their handles; where no script runs, side by side."""
+        """The pairs with their handles; nothing where no script runs."""
         from splatedit.page import picture
 
         pairs = []
@@ -278,9 +286,16 @@ class Comparison(NamedTuple):
             label = f"view {number}: how much of it is {self.words[0]}, in percent"
             pair = slider.pair(list(map(picture, images)), (width, height), alt=alt, label=label, words=self.words)
             pairs.append(f'<div style="width: {width}px; max-width: 100%">{pair}</div>')
-        return (
-            f'<style>{slider.STYLE}</style><div style="{CARD}">{"".join(pairs)}</div><script>{slider.SCRIPT}</script>'
-        )
+        body = f'<style>{slider.STYLE}</style><div style="{CARD}">{"".join(pairs)}</div>'
+        return built_by_script(body, slider.SCRIPT)
+
+
+def built_by_script(body: str, script: str) -> str:
+    """HTML that stays empty where no script runs: the pictures would else lie about beside a dead handle."""
+    name = hashlib.sha256(body.encode()).hexdigest()[:12]
+    content = json.dumps(body).replace("</", "<\\/")
+    fill = f"for (const place of document.querySelectorAll(\"[data-splatedit='{name}']\")) place.innerHTML = {content};"
+    return f'<div data-splatedit="{name}"></div><script>{fill}{script}</script>'
 
 
 def compare(

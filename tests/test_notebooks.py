@@ -117,6 +117,7 @@ def test_only_what_stays_true_is_kept(build, pair):
         new("display_data", picture),
         new("display_data", {"text/html": "<iframe src='http://127.0.0.1:1'>", "text/plain": plain}),
         new("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": plain}),
+        new("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "HBox(children=())"}),
         new("stream", name="stderr", text="  3%|"),
         new("display_data", {"text/html": "<table><script>x()</script>", "text/plain": "drift 0.2"}),
         new("execute_result", {"text/html": "<table>", "text/plain": "drift 0.2"}, execution_count=1),

@@ -176,3 +176,48 @@ def test_nothing_changes_while_an_edit_is_under_way(panel, chain):
     panel.app.job.ended = True
     panel.refresh()
     assert not panel.back.disabled
+
+
+# ------------------------------------------------------------------------------------------------------ in a browser
+@pytest.mark.browser
+def test_undo_restores_the_picture(browser, chain):
+    from screen import keep, open_page, pixels, until
+
+    content = [chain.read_bytes()]
+    Stack.open(chain).goto(0)
+    content.insert(0, chain.read_bytes())
+    with App(opened(files.load(chain), path=chain, up="-y")) as app:
+        page = open_page(browser, app.url)
+
+        def colours(page=page):
+            """Shares of the picture that are green, and red or blue."""
+            red, green, blue = np.moveaxis(pixels(page)[:, :300], 2, 0)  # left of the panel
+            return np.mean(green > np.maximum(red, blue) + 40), np.mean(abs(red - blue) > 60)
+
+        def still():
+            """The picture, once it no longer changes."""
+            first = pixels(page)
+            page.wait_for_timeout(300)
+            return [first] if np.abs(pixels(page) - first).mean() < 0.05 else []
+
+        until(page, lambda: colours()[1] > 0.1 and colours()[0] < 0.01, "the scene before the edits")
+        (before,) = until(page, still, "a picture that stands still")
+        page.get_by_role("tab", name="History", exact=True).click()
+        page.get_by_role("button", name="Redo", exact=True).click()
+        until(page, lambda: colours()[0] > 0.1 and colours()[1] < 0.01, "the edited scene, green")
+        assert Stack.open(chain).at == 1
+        keep(page, "history")
+        (after,) = until(page, still, "a picture that stands still")
+        page.get_by_role("button", name="Undo", exact=True).click()
+        until(page, lambda: colours()[1] > 0.1 and colours()[0] < 0.01, "the scene before the edits again")
+        assert chain.read_bytes() == content[0]
+        (again,) = until(page, still, "a picture that stands still")
+        left = np.s_[:, :300]
+        assert np.abs(after - before)[left].mean() > 10 > 1 > np.abs(again - before)[left].mean()
+        page.locator("canvas[data-engine]").click(position={"x": 20, "y": 380})
+        page.keyboard.press("Control+Shift+Z")
+        until(page, lambda: colours()[0] > 0.1, "redone by the keyboard")
+        page.keyboard.press("Control+Z")
+        until(page, lambda: colours()[0] < 0.01, "undone by the keyboard")
+        assert chain.read_bytes() == content[0] and page.errors == []
+        page.context.close()

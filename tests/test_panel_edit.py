@@ -254,14 +254,14 @@ def test_the_outcome_is_the_verdict_the_numbers_and_the_advice():
     outcome = Outcome()
     outcome.record = record
     assert edit.outcome(Said(outcome=outcome)) == (
-        "**the edit went to noise** · 3 of 9 steps · 50% of the splats changed · 12.3 dB to the source · the model "
-        "prefers the target in 25% of the views\n- lower the scale\n\n`outputs/cat/pig`"
+        "<b>the edit went to noise</b> · 3 of 9 steps · 50% of the splats changed · 12.3 dB to the source · the model "
+        "prefers the target in 25% of the views<br>– lower the scale<br><code>outputs/cat/pig</code>"
     )
     record["change"]["psnr_to_source"] = None  # json of infinity
     assert "equal to the source" in edit.outcome(Said(outcome=outcome))
     record["change"] = None
-    assert edit.outcome(Said(outcome=outcome)).startswith("**not measured** · 3 of 9 steps")
-    assert edit.outcome(Said(state="failed", error=InputError("no such word"))) == "**failed**: no such word"
+    assert edit.outcome(Said(outcome=outcome)).startswith("<b>not measured</b> · 3 of 9 steps")
+    assert edit.outcome(Said(state="failed", error=InputError("no <word>"))) == "<b>failed</b>: no &lt;word&gt;"
 
 
 @given(st.lists(st.floats(-1e6, 1e6) | st.sampled_from([math.nan, math.inf, -math.inf]), max_size=1500))

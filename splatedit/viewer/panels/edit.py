@@ -221,27 +221,27 @@ def messages(lines: Sequence[str]) -> list[str]:
 
 
 def outcome(job: Job) -> str:
-    """What came of a job that has ended, as markdown: the verdict, the numbers, what to try, where it lies."""
+    """What came of a job that has ended, in HTML: the verdict, the numbers, what to try, where it lies."""
     if job.outcome is None:
-        return f"**{job.state}**: {job.error}" if job.error is not None else ""
+        return f"<b>{job.state}</b>: {escape(str(job.error))}" if job.error is not None else ""
     record = job.outcome.record
     change, steps = record.get("change"), f"{record['steps']} of {record['steps_asked']} steps"
     if change is None:
-        told = ["**not measured**", steps]
+        told = ["<b>not measured</b>", steps]
     else:
         verdict = {"unchanged": "nothing changed", "noise": "the edit went to noise"}.get(
             change["verdict"], change["verdict"]
         )
         decibels = change["psnr_to_source"]
         told = [
-            f"**{verdict}**",
+            f"<b>{verdict}</b>",
             steps,
             f"{change['changed_share']:.0%} of the splats changed",
             f"{decibels:.1f} dB to the source" if decibels is not None else "equal to the source",
             f"the model prefers the target in {change['prefers_target']:.0%} of the views",
         ]
-    advice = "".join(f"\n- {hint}" for hint in (change or {}).get("advice", []))
-    return f"{' · '.join(told)}{advice}\n\n`{job.outcome.folder}`"
+    advice = "".join(f"<br>– {escape(hint)}" for hint in (change or {}).get("advice", []))
+    return f"{' · '.join(told)}{advice}<br><code>{escape(str(job.outcome.folder))}</code>"
 
 
 def thinned(columns: Sequence[Sequence[float]], most: int = POINTS) -> tuple[np.ndarray, ...]:
@@ -301,7 +301,7 @@ class Panel:
             for entry in FPR:
                 self.add(entry)
         with gui.add_folder("Advanced", expand_by_default=False):
-            self.mask_line = gui.add_markdown("")
+            self.mask_line = gui.add_html("")
             for entry in ADVANCED:
                 self.add(entry)
             self.more = gui.add_text("More", others(self.app.config), hint="any other settings, as key=value words")
@@ -315,7 +315,7 @@ class Panel:
         gui = self.app.server.gui
         self.bar = gui.add_progress_bar(0.0, visible=False)
         self.status = gui.add_html("", visible=False)
-        self.result = gui.add_markdown("", visible=False)
+        self.result = gui.add_html("", visible=False)
         with gui.add_folder("Curves", visible=False) as self.curves:
             self.loss = self.plot("loss (rms of the gradient)", ("loss",))
             self.drift = self.plot("posterior-mean drift", ("before refining", "after"))
@@ -332,6 +332,7 @@ class Panel:
             scales={"x": uplot.Scale(time=False, auto=True)},  # its own default is clock time
             axes=(across, up),
             height=150,
+            padding=(10, 12, 0, 0),
             visible=False,
         )
 
@@ -380,7 +381,7 @@ class Panel:
         """The commands, the mask and what is wrong with the fields."""
         self.seen = config = self.app.config
         self.path = self.app.stage.shown.path
-        self.mask_line.content = mask_in_use(config)
+        self.mask_line.content = f'<div style="{SMALL}">{escape(mask_in_use(config))}</div>'
         self.command_block.content = commands(
             replace(config, scene=str(self.path or "SCENE")), list(self.wrong.values()), self.app.job
         )
@@ -469,7 +470,8 @@ class Panel:
             told = "<br>".join(unbroken(line) for line in messages(job.lines)) if not job.ended else ""
             self.status.content = f'<div style="{SMALL}"><b>{escape(how_far(job))}</b><br>{told}</div>'
             self.show_curves(job)
-            self.result.visible, self.result.content = job.ended, outcome(job) if job.ended else ""
+            self.result.visible = job.ended
+            self.result.content = f'<div style="{SMALL}">{outcome(job)}</div>' if job.ended else ""
         if first or job.ended:
             self.show_config()
         if job.ended:

@@ -7,6 +7,7 @@ import functools
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 FAREWELL = 2.0  # seconds that the end of the program waits for what a thread is at
+OPEN: weakref.WeakSet[App] = weakref.WeakSet()  # or closed a moment ago
 
 
 class App:
@@ -58,14 +60,18 @@ class App:
         self.served = served or serve(host, port, origins=origins)
         self.server, self.token = self.served
         self.quick, self.slow = Worker("actions"), Worker("background")
-        atexit.register(self.leave)
         self.aim(shown)
         self.stage.listeners.append(self.turn)
         self.displays = display.start(self)
+        OPEN.add(self)
         tabs = self.server.gui.add_tab_group()
-        for name, build in PANELS.items():
-            with tabs.add_tab(name):
-                build(self)
+        try:
+            for name, build in PANELS.items():
+                with tabs.add_tab(name):
+                    build(self)
+        except BaseException:
+            self.close()
+            raise
         self.server.on_client_connect(self.act(self.welcome))
         self.server.on_client_disconnect(self.act(lambda _: self.count()))
 
@@ -223,7 +229,6 @@ class App:
         if self.closed.is_set():
             return
         self.closed.set()
-        atexit.unregister(self.leave)
         self.stage.close()
         self.displays.close()
         self.quick.close()
@@ -231,18 +236,23 @@ class App:
         # Once a browser has been here this takes six seconds.
         threading.Thread(target=self.server.stop, name="splatedit-stop", daemon=True).start()
 
-    def leave(self) -> None:
-        """The program ends: let threads come out of torch, in which a thread that is cut off can crash the process."""
-        self.close()
-        end = time.monotonic() + FAREWELL
-        for busy in (self.quick, self.slow, *self.displays.loops):
-            busy.thread.join(max(end - time.monotonic(), 0.0))
-
     def __enter__(self) -> App:
         return self
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+@atexit.register
+def leave() -> None:
+    """The program ends: let threads come out of torch, in which a thread that is cut off can crash the process."""
+    threads = []
+    for app in tuple(OPEN):
+        app.close()
+        threads += [busy.thread for busy in (app.quick, app.slow, *app.displays.loops)]
+    end = time.monotonic() + FAREWELL
+    for thread in threads:
+        thread.join(max(end - time.monotonic(), 0.0))
 
 
 CALM: dict[bool, Literal["red", "blue"]] = {True: "blue", False: "red"}

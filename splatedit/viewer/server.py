@@ -189,7 +189,11 @@ def forbid_sharing(server: viser.ViserServer) -> None:
 
 
 def silence() -> None:
-    """What viser prints on stdout, verbose or not, goes to the log: stdout is the caller's."""
+    """What viser prints on stdout, verbose or not, goes to the log: stdout is the caller's.
+
+    Nor does it warn of what is sent to a browser that has just gone: tabs are closed at any moment.
+    """
+    warnings.filterwarnings("ignore", "Queued a .* on a closed connection", UserWarning)
     if getattr(rich.print, "of_viser_to_log", False):
         return
     original = rich.print

@@ -80,7 +80,7 @@ def watch(
     check_run(config, resume)
     console = stderr()
     with view(config.scene, config=config, host=host, port=port, up=config.up) as app, leaving():
-        console.print(f"viewer: {app.url}")
+        console.print(f"viewer: {app.url}", markup=False)
         job = start_run(config, console=console, command=command, resume=resume)
         app.follow(job)
         attend(job, console)

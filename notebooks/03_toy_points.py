@@ -345,7 +345,8 @@ Rows(
 # - **IDS** moves less than DDS, and nine of ten points arrive.
 #
 # Two things that are often said do **not** hold here. PDS does not arrive with less change; at this scale it does not
-# arrive. And IDS, though fewer of its points miss, is no nearer to blue *as a distribution* than DDS.
+# arrive. And IDS, though fewer of its points miss, is no nearer to blue *as a distribution* than DDS: its points crowd
+# at the two tips of the moon, next to where they came from.
 #
 # ### With guidance
 #

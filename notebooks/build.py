@@ -1,6 +1,7 @@
 """Make NN_name.ipynb out of NN_name.py: run it, keep pictures and text, throw away what lives only while it runs.
 
     python notebooks/build.py [02 03 ...]      # run and write these, or all
+    python notebooks/build.py --text [03 ...]  # run nothing, take over new prose; fails if code has changed
     python notebooks/build.py --check          # run nothing; fail if a pair disagrees or an output is not fit to commit
 
 Needs the extra [notebook]. Sizes are the full ones, whatever SPLATEDIT_QUICK says.
@@ -78,6 +79,16 @@ def run(notebook: Any, seconds: int = 600) -> None:
     except CellExecutionError as error:
         raise SystemExit(str(error)) from None
     strip(notebook)
+
+
+def reuse(notebook: Any, path: Path) -> None:
+    """Give every code cell the outputs that it has in the .ipynb at `path`; raises SystemExit if code has changed."""
+    old = nbformat.read(path, as_version=4)
+    code, before = ([cell for cell in book.cells if cell.cell_type == "code"] for book in (notebook, old))
+    if [cell.source for cell in code] != [cell.source for cell in before]:
+        raise SystemExit(f"{path.stem}: code has changed since it was run; build it without --text.")
+    for cell, ran in zip(code, before, strict=True):
+        cell.outputs, cell.execution_count = ran.outputs, ran.execution_count
 
 
 def strip(notebook: Any) -> None:
@@ -168,16 +179,18 @@ def unfit(output: Any) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("numbers", nargs="*", help="beginnings of names, such as 02; none is all")
+    parser.add_argument("--text", action="store_true", help="run nothing, only the prose is new")
     parser.add_argument("--check", action="store_true", help="run nothing, only look")
     args = parser.parse_args()
     paths = sources(args.numbers)
     for path in paths if not args.check else []:
-        start, notebook = time.monotonic(), read(path)
-        run(notebook)
-        nbformat.write(notebook, path.with_suffix(".ipynb"))
-        print(
-            f"{path.stem}: {time.monotonic() - start:.0f} s, {path.with_suffix('.ipynb').stat().st_size / 1e3:.0f} kB"
-        )
+        start, notebook, pair = time.monotonic(), read(path), path.with_suffix(".ipynb")
+        if args.text:
+            reuse(notebook, pair)
+        else:
+            run(notebook)
+        nbformat.write(notebook, pair)
+        print(f"{path.stem}: {time.monotonic() - start:.0f} s, {pair.stat().st_size / 1e3:.0f} kB")
     bad = [f"{path.stem}: {problem}" for path in paths for problem in problems(path)]
     if (total := sum(path.stat().st_size for path in HERE.glob("*.ipynb"))) > LARGEST:
         bad.append(f"notebooks: {total / 1e6:.1f} MB, at most {LARGEST / 1e6:g}: smaller figures, fewer frames")

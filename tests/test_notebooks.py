@@ -163,6 +163,19 @@ def test_large_pictures_lose_colours_but_not_their_looks(build, monkeypatch):
     assert build.smaller(film) == film
 
 
+def test_new_prose_keeps_the_outputs_and_new_code_does_not(build, pair):
+    source, notebook = pair
+    write(source, notebook)
+    source.write_text("# %% [markdown]\n# # A better title\n\n# %%\nprint(1)\n")
+    fresh = build.read(source)
+    build.reuse(fresh, source.with_suffix(".ipynb"))
+    write(source, fresh)
+    assert list(build.problems(source)) == [] and fresh.cells[1].outputs == notebook.cells[1].outputs
+    source.write_text("# %% [markdown]\n# # A better title\n\n# %%\nprint(2)\n")
+    with pytest.raises(SystemExit, match="code has changed"):
+        build.reuse(build.read(source), source.with_suffix(".ipynb"))
+
+
 @pytest.mark.slow  # starts kernels
 def test_a_notebook_is_run_in_full_size_and_its_first_error_is_told(build, tmp_path, monkeypatch):
     pytest.importorskip("nbclient")

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from screen import keep, open_page, pixels, until
 
 from splatedit import files
 from splatedit.cameras import orbit
 from splatedit.errors import InputError
 from splatedit.gaussians import SH_C0
+from splatedit.viewer import looks
 from splatedit.viewer.app import App
 from splatedit.viewer.looks import LOOKS
 from splatedit.viewer.panels import compare
@@ -142,3 +144,62 @@ def test_the_difference_of_two_files_is_shown_once_it_is_known_which_is_which(pa
     assert stage.shown.look == panel.look.value == "after" and "cannot be shown" in panel.told[-1]
     panel.count(None)
     assert "300 → 280" in panel.numbers.content and panel.numbers.visible
+
+
+# --------------------------------------------------------------------------------------------------------- in a browser
+def seen(page):
+    """The part of the canvas that neither panel nor notifications cover."""
+    return pixels(page)[130:, :300]
+
+
+@pytest.mark.browser
+def test_before_and_after_change_the_canvas_and_back_to_the_same_picture(browser, cloud):
+    from splatedit.viewer import view
+
+    red, blue = ((torch.tensor(c) - 0.5).expand(300, 1, 3) / SH_C0 for c in ((0.9, 0.1, 0.1), (0.1, 0.1, 0.9)))
+    flat = cloud._replace(shN=cloud.shN[:, :0])
+    with view(flat._replace(sh0=red), flat._replace(sh0=blue), up="-y") as app:
+        page = open_page(browser, app.url)
+        until(page, lambda: blueish(page) > 0.2, "the newest state")
+        page.get_by_role("tab", name="Compare").click()
+        first = settled(page)
+        page.get_by_role("button", name="Before / after").click()
+        until(page, lambda: -blueish(page) > 0.2, "the source")
+        assert app.stage.shown.look == "before"
+        keep(page, "compare-before")
+        page.keyboard.press("b")
+        until(page, lambda: blueish(page) > 0.2, "the newest state again, by a key")
+        assert abs(settled(page) - first).max() <= 2
+        page.keyboard.press("c")
+        until(page, lambda: "linear-gradient" in page.content(), "the legend of the difference")
+        hot = torch.tensor(looks.RAMP[-1]) * 255
+        until(
+            page,
+            lambda: (abs(seen(page) - hot.numpy()).max(-1) < 30).mean() > 0.1,
+            "all of it changed as far as can be",
+        )
+        keep(page, "compare-difference")
+        page.keyboard.press("x")
+        until(page, lambda: -blueish(page) > 0.1, "the source left of the middle")
+        until(page, lambda: page.get_by_text("Split at").is_visible(), "the slider")
+        keep(page, "compare-split")
+        assert not page.errors, page.errors
+        page.context.close()
+
+
+def blueish(page):
+    """Share of what is seen that is blue, less that which is red."""
+    image = seen(page)
+    return float((image[..., 2] - image[..., 0] > 100).mean() - (image[..., 0] - image[..., 2] > 100).mean())
+
+
+def settled(page):
+    """The picture once it stays as it is."""
+    last = [seen(page)]
+
+    def stays():
+        last.append(seen(page))
+        return abs(last[-1] - last[-2]).max() == 0
+
+    until(page, stays, "a still picture")
+    return last[-1]

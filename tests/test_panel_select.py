@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from screen import keep, open_page, pixels, until
 
 from splatedit import files, mask_files
 from splatedit.cameras import Cameras, look, orbit
@@ -20,7 +21,7 @@ from splatedit.render import twin
 from splatedit.viewer import pointing, selection
 from splatedit.viewer.app import App
 from splatedit.viewer.panels import select
-from splatedit.viewer.pointing import Rectangle, cut, rectangle, seen, surface, within
+from splatedit.viewer.pointing import Rectangle, cut, rectangle, surface, within
 from splatedit.viewer.selection import COMBINE, as_settings, box_text, carried, masked, of_source, sphere_text
 from splatedit.viewer.stage import opened
 
@@ -61,6 +62,16 @@ def test_a_rectangle_selects_what_is_in_it_and_not_what_is_behind():
     assert not left[: len(wall)][torch.tensor([place[0] for place in wall]) > 1e-6].any() and not left[-1]
 
 
+def test_what_is_covered_by_others_of_its_surface_is_part_of_it():
+    layers = [(x / 20, y / 20, 2.0 + z / 20) for z in range(3) for x in range(-20, 21) for y in range(-10, 11)]
+    behind = [(0.0, 0.0, 3.0)]
+    scene = balls([*layers, *behind], size=0.15, opacity=9.0)
+    sight = pointing.look(scene, ahead())
+    assert sight.transmittance[2 * 41 * 21 : -1].max() < pointing.SEEN / 2, "the last layer is not seen itself"
+    chosen = within(scene, ahead(), WHOLE)
+    assert chosen[:-1].all() and not chosen[-1]
+
+
 def test_nothing_beside_or_behind_the_camera_is_selected_and_no_broken_splat():
     scene = balls([(0, 0, 2), (0, 0, -2), (9, 0, 2), (math.nan, 0, 2)])
     assert within(scene, ahead(), WHOLE).tolist() == [True, False, False, False]
@@ -84,7 +95,7 @@ def test_the_transmittance_is_that_of_the_slow_twin(cloud):
         for row, one in enumerate(tile.near.tolist()):
             single = tile._replace(near=tile.near[row : row + 1])
             alone[one] += twin.blend(means2d[0], conics[0], dimmed[0], single)[0].sum()
-    _, transmittance = seen(scene, view)
+    transmittance = pointing.look(scene, view).transmittance
     inner = (alone > 1) & ((means2d[0] > radii[0]) & (means2d[0] < torch.tensor([64, view.height]) - radii[0])).all(1)
     assert inner.sum() > 40 and (light / alone)[inner].min() < 0.2 and (light / alone)[inner].max() > 0.9
     torch.testing.assert_close(transmittance[inner], (light / alone)[inner], atol=0.05, rtol=0.05)
@@ -381,3 +392,53 @@ def test_lengths_are_short_to_write():
     assert select.rounded([0.123456, -7.0], 0.8) == (0.1235, -7.0)
     assert select.rounded([123456.0], 5e4) == (123460.0,)
     assert pointing.SEEN < 0.1
+
+
+# --------------------------------------------------------------------------------------------------------- in a browser
+@pytest.mark.browser
+def test_a_rectangle_that_is_dragged_becomes_the_mask_of_an_edit(browser, cloud, tiny_model, tmp_path):
+    from splatedit.viewer import view
+
+    path = tmp_path / "ball.ply"
+    files.save(cloud._replace(scales=cloud.scales + 0.7), path)
+    scene = files.load(path)
+    config = Config(
+        scene=str(path), model=str(tiny_model), prompt="a pig", source_prompt="a cat", device="cpu", steps=2
+    )
+    config = replace(config, cameras="dome:4", up="-y", output_dir=str(tmp_path / "outputs"))
+
+    def green():
+        """Share of the window's left part that is marked."""
+        image = pixels(page)[130:, :300]
+        return float((image[..., 1] - image[..., 0] > 50).mean())
+
+    with view(path, up="-y", config=config) as app:
+        page = open_page(browser, app.url)
+        page.get_by_role("tab", name="Select").click()
+        until(page, lambda: (pixels(page)[130:, :300].min(-1) < 200).mean() > 0.2, "the scene")
+        assert green() == 0
+        page.keyboard.down("Shift")
+        page.mouse.move(100, 180)
+        page.mouse.down()
+        page.mouse.move(220, 330, steps=4)
+        page.mouse.up()
+        page.keyboard.up("Shift")
+        until(page, lambda: app.stage.shown.selection is not None, "something is selected")
+        until(page, lambda: green() > 0.03, "it is marked")
+        keep(page, "select-rectangle")
+        inside = app.stage.shown.selection.clone()
+        assert 5 < int(inside.sum()) < 150
+        page.get_by_role("button", name="Use as mask", exact=True).click()
+        until(page, lambda: app.config.mask, "the mask is in the settings")
+        assert torch.equal(mask_files.load(app.config.mask)(scene), inside)
+        page.get_by_role("tab", name="Edit").click()
+        page.get_by_role("button", name="Run", exact=True).click()
+        until(page, lambda: app.job is not None and app.job.ended, "the edit is done", 200)
+        assert app.job.error is None, app.job.error
+        edited = files.load(app.job.outcome.edited)
+        for name, value in scene.parameters.items():
+            assert torch.equal(edited.parameters[name][~inside], value[~inside]), name
+        assert not torch.equal(edited.sh0[inside], scene.sh0[inside])
+        assert not app.stage.shown.marked and green() < 0.01, "an edit is seen without marks"
+        assert not page.errors, page.errors
+        page.context.close()

@@ -1,8 +1,9 @@
 """From places in a browser's window to splats: a rectangle that was drawn, a point that was clicked.
 
-Only what can be seen is meant. How well a splat is seen is its mean transmittance: the light of it that reaches the
-eye, over what would without the others in front. With w_p = alpha_p T_p that is the sum of w over the sum of alpha; the
-first is the derivative of the picture with respect to the splat's colour, the second the integral of its ellipse.
+Only what can be seen is meant. A splat can be seen if light of it reaches the eye, or if it is part of a surface that
+can be seen, be it covered by others of it. The first is its mean transmittance, the light that comes through over what
+would without the others. With w_p = alpha_p T_p that is the sum of w over the sum of alpha; the one is the derivative
+of the picture with respect to the splat's colour, the other the integral of its ellipse.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from splatedit.cameras import Cameras
 from splatedit.errors import InputError
 from splatedit.gaussians import Gaussians
 from splatedit.render import rasterization
+from splatedit.render.twin import rotation
 
-SEEN = 0.05  # transmittance from which on a splat counts as seen: what lies within a surface, not behind it
+SEEN = 0.05  # transmittance from which on a splat counts as seen
+DEEP = 2.0  # standard deviations of its own that a splat of a surface may lie behind it
 LEAST, MOST = 64, 512  # pixels of the longer side of the picture that is drawn of a rectangle
 AROUND = 4  # pixels around the one that was clicked
-SOLID = 0.3  # alpha from which on a pixel shows something
+SOLID = 0.3  # alpha from which on a pixel shows a surface
 CUT = 1 / 255  # alpha below which nothing is drawn
 
 
@@ -56,44 +59,49 @@ def cut(camera: Cameras, part: Rectangle, least: int = LEAST, most: int = MOST) 
     return Cameras(camera.w2c, K * fine[:, None], width, height)
 
 
-def seen(gaussians: Gaussians, camera: Cameras) -> tuple[Tensor, Tensor]:
-    """Where and how well each splat is seen by one camera: centre in pixels (n, 2), transmittance (n,) of about 0 to 1.
+class Sight(NamedTuple):
+    """Where and how well each splat is seen by a camera."""
 
-    NaN and 0 for what is not in the picture. Splats that cannot be drawn are not seen, and hide nothing.
-    """
+    centres: Tensor  # (n, 2) pixels; NaN for what is not in the picture
+    transmittance: Tensor  # (n,) about 0 to 1; 0 for what is not in the picture
+    depth: Tensor  # (n,) of the centre behind the surface there, in standard deviations of its own; NaN: no surface
+
+
+def look(gaussians: Gaussians, camera: Cameras) -> Sight:
+    """How one camera sees the splats; those that cannot be drawn are not seen, and hide nothing."""
     sound = gaussians.drawable()
-    centres, transmittance = torch.full((gaussians.n, 2), math.nan), torch.zeros(gaussians.n)
+    n = gaussians.n
+    centres, light, depth = torch.full((n, 2), math.nan), torch.zeros(n), torch.full((n,), math.nan)
     if not sound.any():
-        return centres, transmittance
-    some = {name: value.detach()[sound] for name, value in gaussians.parameters.items()}
-    colors = some["means"].new_zeros(int(sound.sum()), 1, requires_grad=True)
-    picture, _, meta = rasterization(
-        some["means"],
-        some["quats"],
-        some["scales"].exp(),
-        some["opacities"].sigmoid(),
-        colors,
-        camera.w2c,
-        camera.K,
-        camera.width,
-        camera.height,
+        return Sight(centres, light, depth)
+    means, quats, scales, opacities = (
+        p.detach()[sound] for p in (gaussians.means, gaussians.quats, gaussians.scales.exp(), gaussians.opacities)
     )
-    (light,) = torch.autograd.grad(picture.sum(), colors)
+    colors = means.new_zeros(len(means), 1, requires_grad=True)
+    shapes, opacities = (means, quats, scales), opacities.sigmoid()
+    views = (camera.w2c, camera.K, camera.width, camera.height)
+    picture, alphas, meta = rasterization(*shapes, opacities, colors, *views, render_mode="RGB+ED")
+    (came,) = torch.autograd.grad(picture[..., 0].sum(), colors)
     xx, xy, yy = meta["conics"][0].detach().unbind(-1)
-    opacity = some["opacities"].sigmoid()
-    whole = 2 * math.pi * (opacity - CUT).clamp(min=0) / (xx * yy - xy * xy).clamp(min=1e-12).sqrt()
+    whole = 2 * math.pi * (opacities - CUT).clamp(min=0) / (xx * yy - xy * xy).clamp(min=1e-12).sqrt()
     drawn = (meta["radii"][0] > 0).all(-1) & (whole > 0)
-    transmittance[sound] = torch.where(drawn, light[:, 0] / whole, 0.0)
-    centres[sound] = torch.where(drawn[:, None], meta["means2d"][0].detach(), math.nan)
-    return centres, transmittance
+    light[sound] = torch.where(drawn, came[:, 0] / whole, 0.0)
+    at = meta["means2d"][0].detach()
+    centres[sound] = torch.where(drawn[:, None], at, math.nan)
+    x, y = (at[:, i].nan_to_num(0).long().clamp(0, size - 1) for i, size in enumerate((camera.width, camera.height)))
+    ahead = camera.w2c[0, 2, :3]
+    thick = ((rotation(quats) * scales[:, None, :]).mT @ ahead).norm(dim=1)
+    behind = (meta["depths"][0] - picture[0, y, x, 1]).detach() / thick
+    depth[sound] = torch.where(drawn & (alphas[0, y, x, 0] >= SOLID), behind, math.nan)
+    return Sight(centres, light, depth)
 
 
 def within(gaussians: Gaussians, camera: Cameras, part: Rectangle) -> Tensor:
     """Which splats (n,) bool have their centre in a part of the window and can be seen there, not through others."""
     view = cut(camera, part)
-    centres, transmittance = seen(gaussians, view)
-    size = centres.new_tensor([view.width, view.height])
-    return ((centres >= 0) & (centres <= size)).all(1) & (transmittance >= SEEN)
+    sight = look(gaussians, view)
+    inside = ((sight.centres >= 0) & (sight.centres <= sight.centres.new_tensor([view.width, view.height]))).all(1)
+    return inside & ((sight.transmittance >= SEEN) | (sight.depth <= DEEP))
 
 
 def surface(gaussians: Gaussians, camera: Cameras, place: tuple[float, float]) -> Tensor:

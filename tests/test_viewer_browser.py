@@ -121,6 +121,19 @@ def test_a_tab_that_is_closed_in_mid_edit_changes_nothing(app, browser, cloud):
     page.context.close()
 
 
+def test_another_file_is_opened_by_a_key(app, page, cloud, tmp_path):
+    files.save(painted(cloud, RED), tmp_path / "red.ply")
+    shows(page, GREEN)
+    page.keyboard.press("o")
+    field = page.get_by_role("dialog").get_by_role("textbox")
+    field.fill(str(tmp_path / "red.ply"))
+    keep(page, "viewer-open")
+    page.get_by_role("dialog").get_by_role("button", name="Open", exact=True).click()
+    shows(page, RED, 0.2)
+    until(page, lambda: page.get_by_text("red.ply - splatedit").count(), "the panel names the file")
+    assert app.stage.shown.path == tmp_path / "red.ply"
+
+
 def test_without_the_secret_there_is_nothing(app, page):
     root = f"http://127.0.0.1:{app.server.get_port()}/"
     assert page.request.get(root).status == 403 and page.request.get(app.url).status == 200

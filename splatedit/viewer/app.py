@@ -72,6 +72,8 @@ class App:
         except BaseException:
             self.close()
             raise
+        self.hotkey("Open another file", "O", self.ask_file)
+        self.name(shown)
         self.server.on_client_connect(self.act(self.welcome))
         self.server.on_client_disconnect(self.act(lambda _: self.count()))
 
@@ -148,14 +150,36 @@ class App:
         """Browsers that come look at the whole scene."""
         framing.aim(self.server, *frame(shown))
 
+    def name(self, shown: Shown) -> None:
+        """The panel, and the tab of the browser, say which file is shown."""
+        self.server.gui.set_panel_label("splatedit" if shown.path is None else f"{shown.path.name} - splatedit")
+
     def turn(self, shown: Shown, fields: frozenset[str]) -> None:
         """Follow the stage: another scene is looked at from where all of it is seen."""
+        if "path" in fields:
+            self.name(shown)
         if fields & {"extent", "up"}:
             self.aim(shown)
             for client in self.server.get_clients().values():
                 framing.move(client, *frame(shown))
 
     # ---------------------------------------------------------------------------------------------------- what is shown
+    def ask_file(self, event: Any) -> None:
+        """Ask the one who wants to see another scene which."""
+        gui = event.client.gui
+        with gui.add_modal("Open another splat file") as window:
+            field = gui.add_text(
+                "File", str(self.stage.shown.path or ""), hint="a path on the machine that runs splatedit"
+            )
+            chosen, never_mind = gui.add_button("Open", color="blue"), gui.add_button("Cancel")
+
+        def choose(_: Any) -> None:
+            window.close()
+            self.open_file(Path(field.value))
+
+        chosen.on_click(self.act(choose))
+        never_mind.on_click(self.act(lambda _: window.close()))
+
     def open_file(self, path: Path) -> None:
         """Show another splat file, as source and as current state; returns at once, what goes wrong is notified."""
         self.act(self.replace_scene, slow=True)(path)

@@ -250,3 +250,82 @@ def test_the_place_is_set_before_what_is_looked_at():
 
     paths.go(Client(camera=Camera()), ring(3)[0])
     assert said.index("position") < said.index("look_at")
+
+
+# ------------------------------------------------------------------------------------------------------ in a browser
+def field(page, label):
+    """The input beside a label."""
+    return page.get_by_text(label, exact=True).locator("xpath=following::input[1]")
+
+
+@pytest.mark.browser
+def test_a_turntable_is_made_from_here(browser, shown, tmp_path):
+    import av
+    from screen import keep, open_page, pixels, until
+
+    from splatedit.viewer.app import App
+
+    with App(shown, Config(scene=str(shown.path), output_dir=str(tmp_path / "outputs"))) as app:
+        page = open_page(browser, app.url)
+        until(page, lambda: np.mean(pixels(page)[:, :300].min(2) < 200) > 0.05, "the scene")
+        page.get_by_role("tab", name="Camera", exact=True).click()
+        client = next(iter(app.server.get_clients().values()))
+        page.get_by_role("button", name="left", exact=True).click()
+        until(page, lambda: client.camera.position[0] < -1, "the camera on the left")
+        here = paths.key_of(client.camera)
+        size = field(page, "size")
+        size.scroll_into_view_if_needed()
+        size.fill("80x60")
+        size.press("Enter")
+        page.get_by_role("button", name="Make the film").click()
+        until(page, lambda: list(tmp_path.glob("outputs/ball/turntable@*.mp4")), "the film")
+        (path,) = tmp_path.glob("outputs/ball/turntable@*.mp4")
+        with av.open(str(path)) as film:
+            stream = film.streams.video[0]
+            frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(stream)]
+            assert (len(frames), stream.width, stream.height, float(stream.average_rate)) == (72, 80, 60, 24)
+        wanted = next(films.drawn(shown, paths.cameras_of([here], 80, 60), "after"))
+        assert np.abs(frames[0].astype(int) - wanted).mean() < 6, "it begins where the browser looks from"
+        until(page, lambda: page.locator("a[download]").count(), "a link to the film")
+        keep(page, "camera")
+        assert page.errors == []
+        page.context.close()
+
+
+@pytest.mark.browser
+def test_keyframes_are_played_and_the_edits_cameras_looked_through(browser, shown, tmp_path):
+    from screen import keep, open_page, pixels, until
+
+    from splatedit.viewer.app import App
+
+    config = Config(scene=str(shown.path), output_dir=str(tmp_path / "outputs"), cameras="orbit:4")
+    with App(shown, config) as app:
+        page = open_page(browser, app.url)
+        until(page, lambda: np.mean(pixels(page)[:, :300].min(2) < 200) > 0.05, "the scene")
+        page.get_by_role("tab", name="Camera", exact=True).click()
+        client = next(iter(app.server.get_clients().values()))
+
+        def press(name):
+            button = page.get_by_role("button", name=name, exact=True).first
+            button.scroll_into_view_if_needed()
+            button.click()
+
+        press("Add this view")
+        press("left")
+        until(page, lambda: client.camera.position[0] < -1, "the camera on the left")
+        press("Add this view")
+        until(page, lambda: field(page, "keyframe").input_value() == "2", "two keyframes")
+        seen = []
+        client.camera.on_update(lambda camera: seen.append(np.array(camera.position)))
+        press("Play")
+        until(page, lambda: len(seen) > 5 and np.ptp(seen, axis=0).max() > 0.3, "the camera moves")
+        keep(page, "keyframes")
+        press("Stop")
+        until(page, lambda: page.get_by_role("button", name="Play", exact=True).count(), "it stops")
+        assert min(np.linalg.norm(place - CENTRE) for place in seen) > 1.5, "around the scene"
+        page.get_by_text("cameras of the edit").click()
+        press("Look through it")
+        wanted = camera.keys_of(orbit(shown.source, 4, size=64, up="-y"), CENTRE)[0]
+        until(page, lambda: np.allclose(client.camera.position, wanted.position, atol=1e-3), "the first camera's place")
+        assert client.camera.fov == pytest.approx(wanted.fov, abs=1e-3) and page.errors == []
+        page.context.close()

@@ -9,6 +9,7 @@ import torch
 
 from splatedit import diagnostics
 from splatedit.config import Config
+from splatedit.diagnostics import Table
 from splatedit.errors import InputError
 from splatedit.priors import load_prior
 from splatedit.render import render
@@ -135,10 +136,14 @@ def test_the_strip_and_the_maps_are_what_was_found(found):
     assert "t=300, t=700" in diagnose.captions(found)[0] and "t=300, t=500" in diagnose.captions(found)[1]
 
 
-def test_everything_is_kept_as_files(found, tmp_path):
+def test_everything_is_kept_as_files(found, tmp_path, monkeypatch):
+    def figure(_):
+        raise InputError("figures: matplotlib is not installed")
+
+    monkeypatch.setattr(Table, "figure", figure)  # with it there is drift.png too, see the test in a browser
     folder = diagnose.write(found, tmp_path / "new" / "diagnosis")
     names = {path.name for path in folder.iterdir()}
-    assert {"drift.csv", "means.csv", "maps.csv", "view.png", "means.png", "maps.png"} <= names
+    assert names == {"drift.csv", "means.csv", "maps.csv", "view.png", "means.png", "maps.png"}
     lines = (folder / "drift.csv").read_text().splitlines()
     assert len(lines) == 1 + 2 * 3 and lines[0].startswith("solver,t,draw,view,iteration,drift")
 
@@ -201,3 +206,27 @@ def test_a_running_edit_is_waited_for(shown, tiny_model, monkeypatch):
         assert [len(column) for column in panel.plot.data] == [5, 5, 5] and panel.plot.visible
         assert "t=700" in panel.said.content or "diverges" in panel.said.content
         assert panel.plot.scales["x"]["time"] is False
+
+
+# ------------------------------------------------------------------------------------------------------ in a browser
+@pytest.mark.browser
+def test_a_view_is_diagnosed(browser, shown, tiny_model, tmp_path):
+    from screen import keep, open_page, pixels, until
+
+    config = Config(scene=str(shown.path), prompt="a pig", source_prompt="a cat", model=str(tiny_model))
+    config.output_dir = str(tmp_path / "outputs")
+    with App(shown, config) as app:
+        page = open_page(browser, app.url, 700, 800)
+        until(page, lambda: np.mean(pixels(page)[:, :300].min(2) < 200) > 0.05, "the scene")
+        page.get_by_role("tab", name="Diagnose", exact=True).click()
+        page.get_by_role("button", name="Diagnose this view").click()
+        until(page, lambda: page.locator(".u-over").count() and page.get_by_text("by the noise").count() == 0, "a plot")
+        until(page, lambda: page.get_by_text("at t=").count(), "a verdict")
+        until(page, lambda: page.locator("img").count() >= 2, "the strip and the maps")
+        keep(page, "diagnose")
+        button = page.get_by_role("button", name="Save PNG and CSV")
+        button.scroll_into_view_if_needed()
+        button.click()
+        until(page, lambda: list(tmp_path.glob("outputs/ball/diagnosis@*/drift.png")), "the files")
+        assert page.errors == []
+        page.context.close()

@@ -127,3 +127,32 @@ def test_where_things_go(shown, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be made"):
         places.made(tmp_path / "file" / "folder")
+
+
+# ------------------------------------------------------------------------------------------------------ in a browser
+@pytest.mark.browser
+def test_a_file_is_saved_and_downloaded(browser, shown, tmp_path):
+    from screen import keep, open_page, until
+
+    from splatedit.viewer.app import App
+
+    with App(shown, Config(scene=str(shown.path), output_dir=str(tmp_path / "outputs"))) as app:
+        page = open_page(browser, app.url)
+        page.get_by_role("tab", name="Export", exact=True).click()
+        path = tmp_path / "outputs" / "ball" / "ball-export.ply"
+        page.get_by_role("button", name="Save on the server").click()
+        until(page, path.exists, "the file")
+        assert equal(files.load(path), shown.current), "bit for bit"
+        until(page, lambda: page.get_by_text(f"{path}: ").count() > 1, "its size, in the tab and in a message")
+        page.get_by_role("button", name="Save on the server").click()
+        until(page, lambda: page.get_by_text("is there already").count(), "it says that the file is there")
+        page.get_by_role("button", name="Download", exact=True).click()
+        link = page.get_by_text("ball-export.ply").last
+        until(page, lambda: page.locator("a[download]").count(), "a link")
+        with page.expect_download() as download:
+            page.locator("a[download]").first.click()
+        download.value.save_as(tmp_path / "downloaded.ply")
+        assert (tmp_path / "downloaded.ply").read_bytes() == path.read_bytes()
+        assert link is not None and page.errors == []
+        keep(page, "export")
+        page.context.close()

@@ -49,15 +49,15 @@ def unused(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def whenever(app: App, key: Callable[[], Any], refresh: Callable[[Any], None]) -> None:
-    """Call `refresh(None)` in turn with the app's actions whenever `key()` has become another."""
-    last, followed = [key()], [app.job]
+def whenever(app: App, key: Callable[[], Any], refresh: Callable[[Any], None], *, slow: bool = False) -> None:
+    """Call `refresh(None)` in turn with the app's actions (slow: as of `App.act`) whenever `key()` has changed."""
+    last, followed, call = [key()], [app.job], app.act(refresh, newest=True, slow=slow)
 
     def check(*_: Any) -> None:
         now = key()
         if now != last[0]:
             last[0] = now
-            app.act(refresh)(None)
+            call(None)
 
     def listener(*_: Any) -> None:
         job: Job | None = app.job

@@ -148,10 +148,15 @@ class Views:
         self.views.on_click(app.act(self.turn))
         self.fov.on_update(app.act(self.widen, newest=True))
         self.shot.on_click(app.act(self.screenshot, slow=True))
-        self.show.on_update(app.act(self.refresh))
-        self.pick.on_update(app.act(self.look))
-        self.through.on_click(app.act(self.look))
-        whenever(app, lambda: (id(app.stage.shown.source), app.config.cameras, app.stage.shown.up), self.refresh)
+        self.show.on_update(app.act(self.refresh, slow=True))  # which may read and check a file of cameras
+        self.pick.on_update(app.act(self.look, slow=True))
+        self.through.on_click(app.act(self.look, slow=True))
+        whenever(app, self.key, self.refresh, slow=True)
+
+    def key(self) -> Any:
+        """What decides about the cameras of the edit."""
+        shown, config = self.app.stage.shown, self.app.config
+        return id(shown.source), shown.path, shown.up, config.cameras, config.up
 
     def turn(self, event: Any) -> None:
         """Look from the front, the left ..."""
@@ -185,7 +190,7 @@ class Views:
         """Have the cameras of the edit in the list and, if wanted, in the scene."""
         for handle in self.frusta:
             handle.remove()
-        self.frusta = []
+        self.frusta, self.keys = [], {}
         if not self.show.value:
             return
         shown = self.app.stage.shown

@@ -174,12 +174,12 @@ class Panel:
         self.fetch = gui.add_button("Download the report", icon=Icon.FILE_ANALYTICS)
         self.suggested = ""
         for element in (self.what, self.format, self.degree):
-            element.on_update(app.act(self.refresh, newest=True))
+            element.on_update(app.act(self.refresh, newest=True, slow=True))  # of a million splats it takes a while
         self.save.on_click(app.act(self.save_file, slow=True))
         self.load.on_click(app.act(self.send_file, slow=True))
         self.fetch.on_click(app.act(self.send_report, slow=True))
         self.refresh()
-        whenever(app, self.key, self.refresh)
+        whenever(app, self.key, self.refresh, slow=True)
 
     def key(self) -> Any:
         """What the tab speaks of, as far as it changes what is said; not each step of an edit."""

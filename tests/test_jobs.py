@@ -459,7 +459,7 @@ ENDING = """
 def test_a_program_that_ends_leaves_a_run_that_can_go_on(hold, scene_file, tiny_model, tmp_path, few_frames):
     code = textwrap.dedent(ENDING)
     words = [sys.executable, "-c", code, str(scene_file), str(tiny_model), str(tmp_path / "out"), hold]
-    ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0 and not ended.stderr, ended.stderr
     folder = Path(ended.stdout.strip())
     assert (folder / "ckpts" / "last.pt").exists() and not (folder / "run.json").exists()

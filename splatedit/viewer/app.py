@@ -171,7 +171,7 @@ class App:
             field = gui.add_text(
                 "File", str(self.stage.shown.path or ""), hint="a path on the machine that runs splatedit"
             )
-            chosen, never_mind = gui.add_button("Open", color="blue"), gui.add_button("Cancel")
+            chosen, never_mind = gui.add_button("Open"), gui.add_button("Cancel", color="gray")
 
         def choose(_: Any) -> None:
             window.close()

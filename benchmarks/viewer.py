@@ -1,6 +1,6 @@
 """What the viewer costs an edit, how soon it shows something, and how much it sends: asked next to measured.
 
-    python benchmarks/viewer.py [edit] [first] [button] [frames] [--rounds 8]
+    python benchmarks/viewer.py [edit] [first] [button] [frames] [looks] [--rounds 8]
 
 edit: seconds per step of an edit of 20,000 Gaussians by the bundled model, alone, with a viewer that nobody looks at,
 and with one browser there, in splats and in frames. The four take turns within one edit, a few steps each, in another
@@ -9,7 +9,8 @@ the CPU time of the process, and of that what the viewer's own threads took (wit
 which means something on a machine that does other things as well. first: from the start of `splatedit view` on a file
 of 100,000 until a browser that is waiting has all splats, and from the load of the page; likewise frames of a million.
 button: from the press of Pause until the edit knows, while it runs. frames: what a browser is sent that looks around a
-scene of a million for ten seconds.
+scene of a million for ten seconds. looks: what each look of a million costs before it is drawn, and what it takes to
+find the splats that are seen in a rectangle of a window; the least of the rounds.
 
 The browser is a program that reads all it is sent, in a process of its own. A headless Chromium draws with the CPU: on
 the same cores it would measure Chromium.
@@ -362,8 +363,46 @@ def frames(rounds: int) -> list[Row]:
     ]
 
 
+# ---------------------------------------------------------------------------------------------------------------- looks
+def looks(rounds: int) -> list[Row]:
+    """Looks of a million Gaussians, a third of them selected; a rectangle over a quarter of the window."""
+    import torch
+
+    from splatedit.cameras import orbit
+    from splatedit.viewer.looks import LOOKS
+    from splatedit.viewer.pointing import Rectangle, within
+    from splatedit.viewer.stage import opened
+
+    before = scene(1_000_000)
+    after = before._replace(sh0=before.sh0 + 0.1 * torch.randn_like(before.sh0))
+    shown = opened(before, after, up="-y")._replace(pull=torch.rand(before.n), rows=torch.arange(before.n))
+    chosen = torch.arange(before.n) % 3 == 0
+
+    def least(call: Callable[[], Any]) -> str:
+        took = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            call()
+            took.append(time.perf_counter() - start)
+        return f"{1000 * min(took):.0f} ms"
+
+    rows = []
+    for look, draw in LOOKS.items():
+        seen = shown._replace(look=look)
+        plain, marked = (least(lambda s=s: draw(seen._replace(selection=s))) for s in (None, chosen))
+        rows.append(Row(f"1,000,000 Gaussians, look {look}", "about 100 ms", f"{plain}, with a selection {marked}"))
+    camera, part = orbit(before, 1, size=WINDOW, up="-y"), Rectangle(0.25, 0.25, 0.75, 0.75)
+    return [*rows, Row("  what is seen in a rectangle", "", least(lambda: within(after, camera, part)))]
+
+
 # ----------------------------------------------------------------------------------------------------------------- main
-PARTS: dict[str, Callable[[int], list[Row]]] = {"edit": edit, "first": first, "button": button, "frames": frames}
+PARTS: dict[str, Callable[[int], list[Row]]] = {
+    "edit": edit,
+    "first": first,
+    "button": button,
+    "frames": frames,
+    "looks": looks,
+}
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from splatedit.cameras import Bounds, bounds
 from splatedit.gaussians import SH_C0, Gaussians
 from splatedit.viewer import display, encoding, frame_display, pace, splat_display
-from splatedit.viewer.encoding import Place, encode, most_visible, place
+from splatedit.viewer.encoding import Place, encode, place, sample
 from splatedit.viewer.frame_display import Eye, Plan, Scene, Speed, cameras_of, plan
 from splatedit.viewer.stage import Stage, opened
 
@@ -39,7 +39,7 @@ def test_encoded_splats_are_the_gaussians_of_the_scene():
     rgb = (0.5 + SH_C0 * gaussians.sh0[:, 0].double()).clamp(0, 1).numpy() * 255
     assert np.abs(found.rgbs - rgb).max() <= 0.5 + 1e-4
     assert np.abs(found.opacities[:, 0] - 255 * gaussians.opacities.double().sigmoid().numpy()).max() <= 0.5 + 1e-4
-    assert (found.undrawable, found.faint) == (0, 0)
+    assert (found.undrawable, found.spared) == (0, 0)
 
 
 @pytest.mark.parametrize("size", [1e-4, 1.0, 3e3])
@@ -78,22 +78,33 @@ def test_no_gaussians_are_no_splats(cloud):
     assert found.n == 0 and found.covariances.shape == (0, 3, 3)
 
 
-def test_a_budget_keeps_the_most_visible_as_they_are():
-    gaussians = splats(6)._replace(
-        scales=torch.log(torch.tensor([[1.0, 1, 0.1]] * 6)), opacities=torch.tensor([0.0, 3, -3, 0, 0, 2])
-    )
-    gaussians.scales[4] = math.log(0.5)  # a quarter of the area
-    kept = most_visible(gaussians, 3)
-    torch.testing.assert_close(kept.means, gaussians.means[[0, 1, 5]])  # of 0 and 3, alike, the first
-    torch.testing.assert_close(kept.scales, gaussians.scales[[0, 1, 5]])  # nothing grows in exchange
-    assert most_visible(gaussians, 6) is gaussians
-    assert (
-        encode(gaussians, Place((0, 0, 0), 1.0), budget=4).n,
-        encode(gaussians, Place((0, 0, 0), 1.0), 4).faint,
-    ) == (
-        4,
-        2,
-    )
+def test_a_budget_takes_always_the_same_sample_the_more_visible_the_likelier():
+    gaussians = splats(4000)._replace(scales=torch.zeros(4000, 3), opacities=torch.full((4000,), 9.0))
+    gaussians.scales[2000:] = math.log(0.5)  # a quarter of the area
+    gaussians.opacities[:1000] = -30  # cannot be seen
+    kept, wider = sample(gaussians, 500)
+    places = {tuple(mean): row for row, mean in enumerate(gaussians.means.tolist())}
+    rows = [places[tuple(mean)] for mean in kept.means.tolist()]
+    assert rows == sorted(set(rows)) and len(rows) == 500 and min(rows) >= 1000
+    torch.testing.assert_close(kept.scales, gaussians.scales[rows] + math.log(wider))
+    seen = encoding.visibility(gaussians).sum()
+    assert encoding.visibility(kept).sum() == pytest.approx(seen, rel=1e-4) and wider > 2
+    large, small = sum(row < 2000 for row in rows), sum(row >= 2000 for row in rows)
+    assert 2.5 < (large / 1000) / (small / 2000) < 5  # 4, but for what is used up
+    assert torch.equal(sample(gaussians, 500)[0].means, kept.means)
+    assert sample(gaussians, 4000) == (gaussians, 1.0)
+    found = encode(gaussians, Place((0, 0, 0), 1.0), budget=500)
+    assert (found.n, found.spared) == (500, 3500)
+
+
+def test_a_coarser_frame_has_larger_splats_instead_of_holes():
+    draw = torch.Generator().manual_seed(0)
+    wall = torch.cat([2 * torch.rand(6000, 2, generator=draw) - 1, torch.full((6000, 1), 2.0)], 1)
+    one = dot((0.0, 0.0, 0.0)).select([0] * 6000)._replace(means=wall, scales=torch.full((6000, 3), -3.3))
+    painter, scene = frame_display.Painter(), Scene((one,), 0.5, (1.0, 1.0, 1.0))
+    inside = (slice(40, 80), slice(60, 100))
+    assert painter.draw(scene, front(), Plan("still", 160 * 120, 6000))[inside].mean() < 5
+    assert painter.draw(scene, front(), Plan("moving", 160 * 120, 1500))[inside].mean() < 15
 
 
 def test_encoding_changes_nothing_that_it_is_given(cloud):
@@ -309,7 +320,7 @@ def test_above_the_budget_frames_are_drawn_and_splats_on_request_are_a_sample(mo
     stage.change(display="splats")
     run(writer.serve, clock, 1)
     assert server.bytes() == 60 * 32
-    assert told[-1].startswith("**60 of 100 splats**, those that can be seen best · drawn by your browser")
+    assert told[-1].startswith("**60 of 100 splats**, a sample, each 1.1 times as wide · drawn by your browser")
     stage.change(look="split")  # two pictures: frames only
     run(writer.serve, clock, 2 * splat_display.LINGER)
     assert display.in_use(stage.shown, writer.pictures) == "frames" and not server.nodes

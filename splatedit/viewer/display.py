@@ -62,16 +62,17 @@ class Told(NamedTuple):
     display: Literal["splats", "frames"]
     total: int  # Gaussians
     undrawable: int = 0
-    faint: int = 0  # left out, the least visible ones beyond the budget
+    spared: int = 0  # left out because the budget is smaller
+    wider: float = 1.0  # how many times as wide as they are the others are drawn in exchange
     size: tuple[int, int] | None = None  # pixels of the last sharp frame
     seconds: float = 0.0  # that it took
 
 
 def words(told: Told) -> str:
     """One line for the panel."""
-    drawn = told.total - told.undrawable - told.faint
-    if told.faint:
-        parts = [f"**{drawn:,} of {told.total:,} splats**, those that can be seen best"]
+    drawn = told.total - told.undrawable - told.spared
+    if told.spared:
+        parts = [f"**{drawn:,} of {told.total:,} splats**, a sample, each {told.wider:.1f} times as wide"]
     else:
         parts = [f"**{drawn:,} splats**"]
     if told.display == "splats":

@@ -5,6 +5,7 @@ All of it is numpy: torch would hand the work to threads that an edit needs, and
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +34,8 @@ class Encoded(NamedTuple):
     rgbs: np.ndarray  # (m, 3) uint8, of the constant spherical harmonic
     opacities: np.ndarray  # (m, 1) uint8
     undrawable: int  # how many were left out because a number of theirs is infinite or NaN
-    faint: int  # how many were left out because they are the least visible beyond the budget
+    spared: int  # how many were left out because the budget is smaller
+    wider: float  # how many times as wide as they are the others are drawn in exchange
 
     @property
     def n(self) -> int:
@@ -48,12 +50,12 @@ def place(extent: Bounds) -> Place:
 
 
 def encode(gaussians: Gaussians, at: Place, budget: int | None = None) -> Encoded:
-    """The splats as the browser draws them; budget: at most so many, those that can be seen best.
+    """The splats as the browser draws them; budget: at most so many, see `sample`.
 
     Standard deviations are held between SMALLEST and LARGEST and at least THINNEST of the largest of their splat.
     """
     sound, undrawable = drawable(gaussians)
-    kept = sound if budget is None else most_visible(sound, budget)
+    kept, wider = (sound, 1.0) if budget is None else sample(sound, budget)
     means, quats, scales, opacities, sh0 = (
         value.detach().numpy() for value in (kept.means, kept.quats, kept.scales, kept.opacities, kept.sh0[:, 0])
     )
@@ -68,6 +70,7 @@ def encode(gaussians: Gaussians, at: Place, budget: int | None = None) -> Encode
         as_bytes(1 / hidden)[:, None],
         undrawable,
         sound.n - kept.n,
+        wider,
     )
 
 
@@ -107,15 +110,24 @@ def drawable(gaussians: Gaussians) -> tuple[Gaussians, int]:
     return (gaussians if missing == 0 else gaussians.select(fine)), missing
 
 
-def most_visible(gaussians: Gaussians, budget: int) -> Gaussians:
-    """The `budget` Gaussians with the most opacity times area, in their order; of equal ones the first."""
+def sample(gaussians: Gaussians, budget: int) -> tuple[Gaussians, float]:
+    """`budget` of the Gaussians, in their order, and how many times as wide they are as they were, to fill the gaps.
+
+    Always the same ones, the more visible the likelier: the most visible alone would be a few walls and nothing fine.
+    Together they are as visible as all were. Weighted sampling without replacement: Efraimidis and Spirakis 2006.
+    """
     if gaussians.n <= budget:
-        return gaussians
+        return gaussians, 1.0
     seen = visibility(gaussians)
-    least = np.partition(seen, gaussians.n - budget)[gaussians.n - budget]  # the smallest of those that stay
-    kept = seen > least
-    kept[np.flatnonzero(seen == least)[: budget - int(kept.sum())]] = True
-    return gaussians.select(kept)
+    chance = np.random.default_rng(0).standard_exponential(gaussians.n, dtype=np.float32)
+    with np.errstate(divide="ignore", over="ignore"):
+        keys = np.nan_to_num(seen / chance)
+    kept = np.zeros(gaussians.n, bool)
+    kept[np.argpartition(keys, gaussians.n - budget)[gaussians.n - budget :]] = True
+    left = seen[kept].sum(dtype=np.float64)
+    wider = math.sqrt(seen.sum(dtype=np.float64) / left) if left > 0 else 1.0
+    chosen = gaussians.select(kept)
+    return chosen._replace(scales=chosen.scales + math.log(wider)), wider
 
 
 def visibility(gaussians: Gaussians) -> np.ndarray:

@@ -19,7 +19,7 @@ from torch import Tensor
 from splatedit.cameras import Cameras
 from splatedit.gaussians import Gaussians
 from splatedit.viewer import display
-from splatedit.viewer.encoding import drawable, most_visible
+from splatedit.viewer.encoding import drawable, sample
 from splatedit.viewer.pace import CLOCK, Clock, Pace
 from splatedit.viewer.stage import Shown, Stage
 
@@ -100,7 +100,7 @@ class Plan(NamedTuple):
 
     kind: str  # a key of QUALITY
     pixels: int
-    splats: int  # at most so many, the most visible ones
+    splats: int  # at most so many, a sample
 
 
 def plan(full: int, splats: int, speed: Speed, moving: bool, busy: bool, drawn: int) -> Plan:
@@ -201,7 +201,7 @@ class Painter:
         key = (id(picture), splats if splats < picture.n else picture.n)
         if key not in self.ready:
             sound, self.undrawable = drawable(picture)
-            self.ready[key] = (picture, most_visible(sound, splats).to(self.device or "cpu"))
+            self.ready[key] = (picture, sample(sound, splats)[0].to(self.device or "cpu"))
         return self.ready[key][1]
 
     def forget(self, scene: Scene) -> None:
@@ -343,7 +343,7 @@ class FrameDisplay:
         seat.rough = how.splats < total or how.pixels < full or how.kind != "still"
         if how.kind != "moving":
             size = (picture.shape[1], picture.shape[0])
-            self.say(display.Told("frames", total, self.painter.undrawable, 0, size, taken))
+            self.say(display.Told("frames", total, self.painter.undrawable, size=size, seconds=taken))
 
     def send(self, seat: Seat, picture: np.ndarray, how: Plan) -> int:
         """Put the picture behind everything in this browser; returns its bytes."""

@@ -73,7 +73,7 @@ class SplatDisplay:
         self.reveal(name)
         if node := self.nodes.get(name):
             node.used = now
-            self.say(display.Told("splats", picture.n, node.encoded.undrawable, node.encoded.faint))
+            self.say(display.Told("splats", picture.n, *node.encoded[-3:]))
         return self.tidy(self.clock())
 
     def name(self, shown: Shown, picture: Gaussians) -> str:

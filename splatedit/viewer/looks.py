@@ -1,7 +1,7 @@
 """What can be looked at: the splats before, after, both, and coloured by what was done to them.
 
-A look is a pure function from what is shown to splats that any display can draw. A million splats take about 0.1 s at
-most; a display draws a look again only for another `Shown.version`.
+A look is a pure function from what is shown to splats that any display can draw. A million splats take about 0.1 s of
+processor time at most (`benchmarks/viewer.py looks`).
 """
 
 from __future__ import annotations

@@ -131,8 +131,12 @@ def sample(gaussians: Gaussians, budget: int) -> tuple[Gaussians, float]:
 
 
 def visibility(gaussians: Gaussians) -> np.ndarray:
-    """Opacity times area of the largest section of each one, (n,) float32, world units squared; at most 1e38."""
+    """Opacity times area of the largest section of each one, (n,) float32, world units squared.
+
+    The area is capped at its 90th percentile, so that a sky-sized blob does not outweigh the rest.
+    """
     scales, opacities = gaussians.scales.detach().numpy(), gaussians.opacities.detach().numpy()
     with np.errstate(over="ignore"):
-        area = np.exp(np.minimum(scales.sum(1) - scales.min(1), 87))
+        logarithms = scales.sum(1) - scales.min(1)
+        area = np.exp(np.minimum(logarithms, np.quantile(logarithms, 0.9)).clip(-87, 87))
         return area / (1 + np.exp(-opacities))

@@ -197,4 +197,4 @@ def test_render_takes_the_up_axis_of_the_sidecar(call, scene_file, tmp_path):
 
 def test_every_command_is_here():
     edits = {"run", "preview", "image", "diagnose", "mask", "history", "undo", "redo", "strength"}
-    assert set(cli.commands) == {*edits, "doctor", "info", "render", "convert", "view"}
+    assert set(cli.commands) == {*edits, "doctor", "info", "render", "convert", "view", "lab"}

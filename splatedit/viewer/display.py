@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from splatedit.gaussians import Gaussians
 from splatedit.viewer.looks import LOOKS
 from splatedit.viewer.stage import Shown
 
 if TYPE_CHECKING:
+    import viser
+
     from splatedit.viewer.app import App
 
 DISPLAYS = ("auto", "splats", "frames")
@@ -111,7 +115,7 @@ class Displays:
         """The stage has changed."""
         if shown.background != self.background:  # behind splats; frames bring their own
             self.background = shown.background
-            self.app.server.scene.set_background_image(plain(shown.background), format="png")
+            lay(self.app.server.scene, "png", coded(plain(shown.background), "PNG"))
         for loop in self.loops:
             loop.wake()
 
@@ -197,6 +201,23 @@ def controls(app: App) -> Callable[[Told], None]:
 def plain(colour: tuple[float, float, float]) -> np.ndarray:
     """One pixel (1, 1, 3) uint8 of this colour."""
     return np.array(rgb_bytes(colour), np.uint8)[None, None]
+
+
+def coded(picture: np.ndarray, format: str, **options: int) -> bytes:
+    """A picture (h, w, 3) uint8 as a file of this format, as Pillow names it and its options."""
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, format, **options)
+    return stream.getvalue()
+
+
+def lay(scene: viser.SceneApi, format: Literal["png", "jpeg"], data: bytes) -> None:
+    """Put a picture behind everything in one browser, or in all of them.
+
+    `set_background_image` would encode it, to a size that nobody is told, and import what takes a while for it.
+    """
+    from viser._messages import BackgroundImageMessage
+
+    scene._websock_interface.queue_message(BackgroundImageMessage(format, data, None))
 
 
 def rgb_bytes(colour: tuple[float, float, float]) -> tuple[int, int, int]:

@@ -6,14 +6,12 @@ all browsers; what it draws next is always for the newest camera and the newest 
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from splatedit.cameras import Cameras
@@ -172,9 +170,7 @@ def as_picture(rgb: Tensor) -> np.ndarray:
 
 def jpeg(picture: np.ndarray, quality: int) -> bytes:
     """A picture (h, w, 3) uint8 as JPEG; colours are as fine as brightness from quality 80 on."""
-    stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, "JPEG", quality=quality, subsampling=0 if quality >= 80 else 2)
-    return stream.getvalue()
+    return display.coded(picture, "JPEG", quality=quality, subsampling=0 if quality >= 80 else 2)
 
 
 class Painter:
@@ -347,11 +343,8 @@ class FrameDisplay:
 
     def send(self, seat: Seat, picture: np.ndarray, how: Plan) -> int:
         """Put the picture behind everything in this browser; returns its bytes."""
-        from viser._messages import BackgroundImageMessage
-
-        # scene.set_background_image would encode it once more, to a size that nobody is told.
         coded = jpeg(picture, QUALITY[how.kind])
-        seat.client.scene._websock_interface.queue_message(BackgroundImageMessage("jpeg", coded, None))
+        display.lay(seat.client.scene, "jpeg", coded)
         seat.client.flush()
         return len(coded)
 
@@ -359,4 +352,4 @@ class FrameDisplay:
         """Take our picture out of a browser: the splats take over."""
         if seat.scene is not None:
             seat.scene, seat.seen = None, None
-            seat.client.scene.set_background_image(display.plain(shown.background), format="png")
+            display.lay(seat.client.scene, "png", display.coded(display.plain(shown.background), "PNG"))

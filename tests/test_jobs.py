@@ -269,12 +269,11 @@ def test_the_curve_pace_and_time_left(monkeypatch):
     monkeypatch.setattr("splatedit.jobs.time.perf_counter", lambda: clock[0])
     job = Job(lambda job: None, 5)
     assert job.pace is None and job.seconds_left is None
+    job.listen(lambda job: clock.__setitem__(0, clock[0] + 50.0))  # somebody holds it up
     job._begin()
     for index, (residuals, loss) in enumerate([((), math.nan), ((0.4, 0.3, 0.1), 2.0), ((0.2,), 1.0)]):
         clock[0] += 100.0 if index == 0 else 2.0 * index  # the first step has drawn the source, too
         job._taken(a_step(index, 5, residuals=residuals, loss=loss))
-        clock[0] += 50.0  # of the one who holds it up
-        job._since = clock[0]
     assert job.pace == 3.0 and job.seconds_left == 2 * 3.0
     assert job.curve["loss"][1:] == [2.0, 1.0] and math.isnan(job.curve["loss"][0])
     assert job.curve["drift"][1:] == [0.1, 0.2] and job.curve["drift_before"][1:] == [0.4, 0.2]

@@ -452,4 +452,14 @@ def coded(frames: Iterable[np.ndarray | Image.Image], fps: float) -> bytes:
 def few_colours(frames: Sequence[np.ndarray]) -> list[Image.Image]:
     """The frames with 256 colours, the same for all."""
     palette = Image.fromarray(sheet(frames, max(round(math.sqrt(len(frames))), 1), 0)).quantize(256)
-    return [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    colours = np.reshape(palette.getpalette() or [0, 0, 0], (-1, 3))
+    corner = frames[0][0, 0]
+    index = int(np.abs(colours - corner).sum(1).argmin())
+    colours[index] = corner
+    tiles = []
+    for frame in frames:  # Pillow takes a colour that is near; of the background it shall be that very one
+        nearest = np.array(Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE))
+        nearest[(frame == corner).all(2)] = index
+        tiles.append(Image.fromarray(nearest))
+        tiles[-1].putpalette(colours.astype(np.uint8).tobytes())
+    return tiles

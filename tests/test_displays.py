@@ -196,6 +196,15 @@ def test_a_film_fits_and_still_shows_the_same():
         assert np.abs(a - shrunk).mean() < 8
 
 
+def test_white_stays_white_with_few_colours():
+    frames = [np.full((64, 64, 3), 255, np.uint8) for _ in range(3)]
+    for seed, frame in enumerate(frames):
+        frame[20:50, 20:50] = np.random.default_rng(seed).integers(200, 256, (30, 30, 3))
+    for frame, few in zip(frames, displays.few_colours(frames), strict=True):
+        seen = np.asarray(few.convert("RGB")).astype(int)
+        assert (seen[:20] == 255).all() and np.abs(seen - frame).mean() < 3
+
+
 def test_a_film_of_scenes_stays_in_place_or_follows_the_cameras(cloud):
     film = splatedit.animate([cloud, cloud, cloud], size=32)
     assert film.frames == 3 and len(frames_of(film)) == 1, "equal frames are one that stays"

@@ -1,5 +1,6 @@
 """`splatedit lab`: what it copies and starts, and, in a real browser, a notebook in which an edit is watched live."""
 
+import io
 import json
 import os
 import signal
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from splatedit import lab
 from splatedit.errors import InputError
-from tests.screen import keep, open_page, pixels, until
+from tests.screen import keep, open_page, until
 
 ROOT = Path(__file__).parent.parent
+FRAME, CANVAS = ".jp-OutputArea iframe", "canvas[data-engine]"
 ITS_TOKEN, TOKEN = "--IdentityProvider.token", "for-the-test"
 
 
@@ -122,6 +125,7 @@ CELLS = (
     "import splatedit\ngaussians = splatedit.load({scene!r})\ngaussians",
     'job = splatedit.start(gaussians, "a pig", source="a cat", model={model!r}, steps=5000, views=3)\njob.pause()\njob',
     "job.show(height=320)",
+    "splatedit.compare(gaussians, gaussians._replace(sh0=-gaussians.sh0), size=200)",
 )
 
 
@@ -139,7 +143,7 @@ def notebook(scene_file, tiny_model, tmp_path):
 
 @pytest.fixture
 def opened(browser, tmp_path):
-    """Opens a notebook by `splatedit lab`, as one who types the command would; `run` runs all of its cells."""
+    """Opens a notebook by `splatedit lab`, as one who types the command would."""
     pytest.importorskip("jupyterlab")
     started = []
 
@@ -166,7 +170,6 @@ def opened(browser, tmp_path):
         page = open_page(browser, f"http://127.0.0.1:{port}/lab/tree/notebooks/{path.name}?token={TOKEN}", 1280, 1000)
         page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
         until(page, lambda: page.evaluate(IDLE), "a kernel")
-        page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
         return page
 
     yield open_lab
@@ -190,11 +193,13 @@ def answers(url: str, seconds: float = 60.0) -> None:
     raise AssertionError(f"not within {seconds:g} s: {url}")
 
 
-def middle(viewer) -> np.ndarray:
-    """The part of the viewer that neither its panel nor a notification covers."""
-    image = pixels(viewer)
-    height, width = image.shape[:2]
-    return image[height // 2 :, width // 8 : width // 2]
+def middle(page) -> np.ndarray:
+    """What the viewer in the cell shows where neither its panel nor a notification covers it, (h, w, 3) int."""
+    page.locator(FRAME).scroll_into_view_if_needed()
+    box = page.frame_locator(FRAME).locator(CANVAS).bounding_box()
+    part = {"x": box["x"] + box["width"] / 8, "y": box["y"] + box["height"] / 2}
+    shot = page.screenshot(clip={**part, "width": box["width"] * 3 / 8, "height": box["height"] / 2})
+    return np.asarray(Image.open(io.BytesIO(shot)).convert("RGB")).astype(int)
 
 
 def drawn(image: np.ndarray) -> float:
@@ -202,31 +207,75 @@ def drawn(image: np.ndarray) -> float:
     return float((np.abs(image - image[-3, 2]) > 24).any(2).mean())
 
 
+def run(page, which: str, cell: int = 0) -> None:
+    """Run cells: "all-cells", "all-above" this one, "all-below" from it on, or this "cell"."""
+    page.evaluate(f"() => {{ window.jupyterapp.shell.currentWidget.content.activeCellIndex = {cell} }}")
+    page.evaluate(f"() => {{ window.jupyterapp.commands.execute('notebook:run-{which}') }}")
+
+
+def watched(page) -> np.ndarray:
+    """What the live viewer in its cell shows, once splats are to be seen there and nothing moves."""
+    page.locator(FRAME).wait_for(timeout=120_000)
+    assert page.locator(FRAME).get_attribute("src").startswith("/proxy/"), "through JupyterLab"
+    page.frame_locator(FRAME).locator(CANVAS).wait_for(timeout=120_000)
+    until(page, lambda: drawn(middle(page)) > 0.03, "splats in the cell", 120)
+    until(page, lambda: np.abs(middle(page) - middle(page)).max() < 4, "the scene has faded in", 120)
+    first = middle(page)
+    assert np.abs(middle(page) - first).mean() < 0.5, "nothing moves while the edit is held"
+    return first
+
+
 @pytest.mark.browser
 @pytest.mark.slow
 def test_an_edit_is_watched_in_a_cell(notebook, opened):
     page = opened(notebook)
-    viewer = page.frame_locator(".jp-OutputArea iframe")
-    viewer.locator("canvas").first.wait_for(timeout=90_000)
-    assert page.locator(".jp-OutputArea iframe").get_attribute("src").startswith("/proxy/")
+    run(page, "all-cells")
+    first = watched(page)
+    keep(page, "lab_paused")
     kinds = page.evaluate(OUTPUTS)
     assert kinds[0] == ["text/html"] and kinds[2] == ["image/png", "text/html"], "a picture, then what is live"
     assert kinds[1][0] == "image/png" and "widget-view" in kinds[1][1]
-    page.locator(".jp-OutputArea iframe").scroll_into_view_if_needed()
-    until(page, lambda: drawn(middle(viewer)) > 0.03, "splats in the cell")
-    until(page, lambda: np.abs(middle(viewer) - middle(viewer)).max() < 4, "the scene has faded in")
-    first = middle(viewer)
-    keep(page, "lab_paused")
-    assert np.abs(middle(viewer) - first).mean() < 0.5, "nothing moves while the edit is held"
     page.get_by_role("button", name="Resume").click()
-    page.locator(".jp-OutputArea iframe").scroll_into_view_if_needed()
-    until(page, lambda: np.abs(middle(viewer) - first).mean() > 3, "the splats change while the edit runs")
+    until(page, lambda: np.abs(middle(page) - first).mean() > 3, "the splats change while the edit runs")
     keep(page, "lab_running")
     page.get_by_role("button", name="Stop").click()
     until(page, lambda: page.get_by_text("stopped", exact=True).count(), "Stop, in the cell of `job`, stops the edit")
     keep(page, "lab_stopped")
+    pair, handle = page.locator(".pair.live"), page.locator(".pair.live input")
+    pair.scroll_into_view_if_needed()
+    box = pair.bounding_box()
+    page.mouse.click(box["x"] + 0.25 * box["width"], box["y"] + 0.5 * box["height"])
+    assert 20 <= int(handle.input_value()) <= 30, "the handle goes where the mouse is"
+    page.keyboard.press("ArrowLeft")
+    assert 19 <= int(handle.input_value()) <= 29, "and the arrow keys are its own"
+    keep(page, "lab_slider")
+    assert not [error for error in page.errors if "splatedit" in error]
 
 
+@pytest.mark.browser
+@pytest.mark.slow
+def test_notebook_01_in_the_lab(opened, tmp_path):
+    """The first notebook, as `splatedit lab` brings it: its viewer changes while the cells below it run."""
+    nbformat = pytest.importorskip("nbformat")
+    name = "01_first_edit.ipynb"
+    page = opened(tmp_path / "mine" / "notebooks" / name, SPLATEDIT_QUICK="1")
+    sources = [cell.source for cell in nbformat.read(tmp_path / "mine" / "notebooks" / name, 4).cells]
+    shown = sources.index("job.show()")
+    run(page, "all-above", shown)
+    run(page, "cell", shown)
+    first = watched(page)
+    keep(page, "lab_01_held")
+    run(page, "all-below", shown + 1)
+    until(page, lambda: np.abs(middle(page) - first).mean() > 1, "the viewer shows the edit", 180)
+    keep(page, "lab_01_edited")
+    until(page, lambda: page.evaluate(COUNTS)[-1] is not None, "the last cell has run", 180)
+    assert "error" not in page.evaluate(KINDS)
+    assert (tmp_path / "mine" / "outputs" / "pig.ply").stat().st_size > 500_000
+
+
+CODE = "window.jupyterapp.shell.currentWidget.content.widgets.filter(cell => cell.model.type === 'code')"
+COUNTS = f"() => {CODE}.map(cell => cell.model.executionCount)"
+KINDS = f"() => {CODE}.flatMap(cell => cell.model.outputs.toJSON().map(output => output.output_type))"
 # Of each cell the kinds of its outputs.
 OUTPUTS = """() => window.jupyterapp.shell.currentWidget.content.widgets.map(cell =>
   cell.model.outputs.toJSON().map(output => Object.keys(output.data || {}).filter(k => k !== 'text/plain').join()))"""

@@ -334,6 +334,15 @@ def test_handles_move_the_box(panel):
     assert np.abs(panel.edges.points).max(axis=(0, 1)).tolist() == [0.5, 0.25, 1.0]
 
 
+def test_another_scene_has_shapes_of_its_size(panel, cloud):
+    large = opened(cloud._replace(means=1e4 * cloud.means, scales=cloud.scales + 9.2), up="-y")
+    panel.app.stage.change(source=large.source, current=large.current, extent=large.extent)
+    radius = large.extent.radius
+    assert np.allclose(panel.box.size, radius, rtol=1e-3) and panel.sphere.radius == panel.ball_radius.value
+    assert panel.ball_radius.max > radius > 9000 and abs(panel.frame.scale / radius - 1.2) < 1e-6
+    assert np.allclose(panel.frame.position, large.extent.centre, atol=1e-2 * radius)
+
+
 def test_files_select_by_rows_or_by_the_splats_they_hold(panel, cloud, tmp_path):
     rows = torch.arange(300) % 7 == 0
     np.save(tmp_path / "rows.npy", rows.numpy())

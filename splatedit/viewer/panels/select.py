@@ -88,6 +88,7 @@ class Panel:
         self.build()
         self.build_shapes()
         self.refreshing, self.renewing = app.act(self.refresh, newest=True), app.act(self.renew, newest=True)
+        self.fitting = app.act(self.fit, newest=True)
         app.server.scene.on_rect_select(modifier="shift")(app.act(self.take_rectangle, slow=True))
         app.stage.listeners.append(self.follow)
         self.choose_tool(None)
@@ -166,6 +167,19 @@ class Panel:
         self.frame.on_update(act(self.box_by_frame, newest=True))
         self.corner.on_update(act(self.box_by_corner, newest=True))
         self.ball.on_update(act(self.sphere_by_frame, newest=True))
+        self.show_box()
+        self.show_sphere()
+
+    def fit(self, _: Any) -> None:
+        """Another scene: shapes and handles of its size, in its middle."""
+        shown = self.app.stage.shown
+        radius, self.alone = shown.extent.radius, None
+        self.box, self.sphere = first_box(shown), first_sphere(shown)
+        self.frame.scale, self.corner.scale, self.ball.scale = 1.2 * radius, 0.3 * radius, 0.7 * radius
+        step = rounded([radius / 100], radius)[0]
+        self.box_centre.step = self.box_size.step = self.ball_centre.step = step
+        self.ball_radius.min, self.ball_radius.max, self.ball_radius.step = step, 150 * step, step
+        self.reach.value = rounded([0.02 * radius], radius)[0]
         self.show_box()
         self.show_sphere()
 
@@ -396,6 +410,8 @@ class Panel:
         past, self.past = self.past, shown
         if "source" in fields and past.selection is not None:
             self.app.act(lambda _: self.carry(past, shown))(None)
+        if "extent" in fields:
+            self.fitting(None)
         if fields & {"source", "selection", "marked"}:
             self.refreshing(None)
         if fields & {"source", "current", "rows", "path"}:

@@ -63,6 +63,16 @@ def test_the_checkout_is_found():
     assert lab.bundled() == ROOT
 
 
+def test_an_installed_package_has_them_in_its_data(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(lab, "__file__", str(tmp_path / "site-packages" / "splatedit" / "lab.py"))
+    monkeypatch.setattr(lab, "installed", lambda: [str(tmp_path / "env")])
+    with pytest.raises(InputError, match="notebooks are in none of .*env.*; install splatedit anew"):
+        lab.bundled()
+    (tmp_path / "env" / "share").mkdir(parents=True)
+    place.rename(tmp_path / "env" / "share" / "splatedit")
+    assert lab.bundled() == tmp_path / "env" / "share" / "splatedit"
+
+
 def test_the_kernel_is_this_python():
     with lab.kernels() as data:
         (spec,) = data.glob("kernels/*/kernel.json")

@@ -91,6 +91,21 @@ def test_a_film_meets_its_keyframes_and_moves_without_jumps(loop):
     assert max(math.acos(min(1.0, (np.trace(turn) - 1) / 2)) for turn in turns) < 0.1
 
 
+@pytest.mark.parametrize("loop", [False, True])
+def test_the_speed_does_not_jump_between_near_and_far_keyframes(loop):
+    keys = [paths.around(CENTRE, 4.0, azimuth, 10.0, "-y", 0.8) for azimuth in (0, 8, 90, 200)]
+    (stops, gaps), bit = paths.laid_out(keys, loop), 1e-5  # a leg takes as long as its gap
+
+    def place(leg, share):
+        return paths.between(stops, gaps, leg, share, loop).position
+
+    pairs = list(zip(range(len(gaps)), range(1, len(gaps)), strict=False)) + [(len(gaps) - 1, 0)] * loop
+    for before, after in pairs:
+        into = (place(before, 1.0) - place(before, 1 - bit)) / (bit * gaps[before])
+        out = (place(after, bit) - place(after, 0.0)) / (bit * gaps[after])
+        assert np.linalg.norm(out - into) < 1e-3 * np.linalg.norm(into)
+
+
 def test_the_curve_is_the_centripetal_one():
     """Against the pyramid of Barry and Goldman, by which the curve is usually defined."""
     rng = np.random.default_rng(0)

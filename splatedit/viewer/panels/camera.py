@@ -287,6 +287,8 @@ class Keyframes:
 
     def start(self, event: Any) -> None:
         """Play the keyframes in the browser that asked, or stop."""
+        from viser import Icon
+
         if not self.stop.is_set():
             self.stop.set()
             return
@@ -294,11 +296,13 @@ class Keyframes:
             raise InputError("Playing needs two keyframes or more: add views.")
         views = paths.along(self.keys, length(self.seconds.value, PLAYED), self.loop.value)
         self.stop.clear()
-        self.play.label = "Stop"
+        self.play.label, self.play.icon = "Stop", Icon.PLAYER_STOP
         threading.Thread(target=self.run, args=(event.client, views), name="splatedit-play", daemon=True).start()
 
     def run(self, client: viser.ClientHandle, views: list[Key]) -> None:
         """Move the browser's camera along, once, or until it is stopped if the film is a loop."""
+        from viser import Icon
+
         above, server = framing.direction(self.app.stage.shown.up), self.app.server
         try:
             going = True
@@ -310,7 +314,7 @@ class Keyframes:
                 going = self.loop.value
         finally:
             self.stop.set()
-            self.play.label = "Play"
+            self.play.label, self.play.icon = "Play", Icon.PLAYER_PLAY
             if client.client_id in server.get_clients():
                 client.camera.up_direction = above  # else the mouse would turn around the last view's own
 

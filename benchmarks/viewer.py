@@ -183,7 +183,9 @@ def steps_of(job: Any, count: int) -> Turn:
     """What the next so many steps take."""
     done, wall, cpu, own = job.done, time.perf_counter(), time.process_time(), viewers_own()
     job.step(count)
-    until(lambda: job.done == done + count and job.state == "paused", pause=0.02)  # polling takes the GIL as well
+    until(lambda: job.ended or (job.done == done + count and job.state == "paused"), pause=0.02)  # polling costs, too
+    if job.ended:
+        raise RuntimeError("the edit has ended") from job.error
     spent = (time.perf_counter() - wall, time.process_time() - cpu, viewers_own() - own)
     return Turn(*(seconds / count for seconds in spent))
 

@@ -436,7 +436,8 @@ class Ear(RenderHook):
     """Keeps the plain text of what is printed to a console."""
 
     def __init__(self, lines: list[str]):
-        self.lines, self.plain = lines, Console(file=io.StringIO(), width=WIDTH, color_system=None)
+        self.lines = lines
+        self.plain = Console(file=io.StringIO(), width=WIDTH, color_system=None, force_jupyter=False)
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         told = [part for part in renderables if not isinstance(part, Control)]

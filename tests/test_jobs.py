@@ -18,7 +18,7 @@ from rich.console import Console
 
 import splatedit
 from splatedit import files, priors
-from splatedit.config import load_config
+from splatedit.config import Config, load_config
 from splatedit.editing import Step, edit
 from splatedit.errors import InputError
 from splatedit.jobs import STATES, Job, launch, start, start_run
@@ -360,6 +360,25 @@ def test_a_run_of_a_file_is_the_run_of_the_command_line(scene_file, asked, few_f
     assert second.wait(SOON) and len(loads) == 1, "the model is loaded once"
     counts = [each.outcome.record["network_evaluations"] for each in (job, second)]
     assert counts[0] == counts[1] == plain.record["network_evaluations"], "and counts from zero again"
+
+
+def test_a_run_in_a_notebook_displays_nothing(monkeypatch):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *_: pytest.fail("a cell would show it"))
+    said = []
+
+    def run(config, console, *_, **__):
+        console.print("loud")
+        with console.status("busy"):
+            console.print("louder")
+        said.append(console.is_jupyter)
+        return SimpleNamespace(folder=None, edited=None)
+
+    monkeypatch.setattr("splatedit.run.run", run)
+    monkeypatch.setattr("splatedit.work.check_run", lambda *_: None)
+    job = start_run(Config(scene="a.ply", prompt="a pig"))
+    assert job.wait(30) and said == [False]
+    assert [line for line in job.lines if line in ("loud", "louder")] == ["loud", "louder"]
 
 
 def test_a_stopped_run_is_written_and_goes_on_where_it_was(scene_file, asked, few_frames, one_thread):

@@ -135,8 +135,23 @@ def test_usage_python_of_an_edit_in_the_background_runs(scene_file, tiny_model, 
     assert names["edited"].n == 300 and names["job"].done == 6 and names["job"].outcome.edited.exists()
 
 
+def test_readme_python_of_a_notebook_runs(scene_file, tiny_model, monkeypatch):
+    code, _ = blocks("python")
+    for old, new in (
+        ('"scenes/cat.ply"', repr(str(scene_file))),
+        ('source="a cat"', f'source="a cat", steps=2, views=3, model={str(tiny_model)!r}'),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    shown = []
+    monkeypatch.setattr("splatedit.jobs.Job.show", lambda job: shown.append(job))  # see tests/test_notebook.py
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert shown == [names["job"]] and names["pig"].n == names["cat"].n == 300
+
+
 def test_readme_python_runs(scene_file, tiny_model, tmp_path, monkeypatch):
-    (code,) = blocks("python")
+    _, code = blocks("python")
     for old, new in (
         ('"scenes/cat.ply"', repr(str(scene_file))),
         ("steps=300", f"steps=2, views=3, model={str(tiny_model)!r}"),

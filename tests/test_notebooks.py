@@ -189,3 +189,23 @@ def test_a_notebook_is_run_in_full_size_and_its_first_error_is_told(build, tmp_p
     source.write_text("# %%\nprint(1)\n\n# %%\n1 / 0\n")
     with pytest.raises(SystemExit, match="ZeroDivisionError"):
         build.run(build.read(source))
+
+
+@pytest.mark.slow
+def test_the_cells_that_need_a_gpu_run_with_the_bundled_model_instead(build, tmp_path):
+    source = (FOLDER / "07_your_own_scene.py").read_text()
+    for old, new in (
+        ('MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"', 'MODEL = "pocket"'),
+        ('DEVICE = "cuda"', 'DEVICE = "cpu"'),
+        ("STEPS = 500", "STEPS = 10"),
+        ('"vram": 12', f'"output_dir": {str(tmp_path)!r}'),
+    ):
+        assert old in source
+        source = source.replace(old, new)
+    (tmp_path / "07_cpu.py").write_text(source)
+    notebook = build.read(tmp_path / "07_cpu.py")
+    build.run(notebook)
+    said = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
+    assert "All there." in said and "verdict:" in said
+    drawn = [o for cell in notebook.cells[-8:] for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(drawn) >= 3, "two views first, the edited scene, the comparison"

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console, ConsoleRenderable, RenderHook
 from rich.control import Control
 
-from splatedit.config import Config, as_command, load_config
+from splatedit.config import KEYS, RIGS, Config, as_command, load_config
 from splatedit.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Job:
 
     steps: int  # how many were asked for
     config: Config | None  # of a run
+    asked: dict[str, Any]  # of an edit in memory: its settings as far as Config has them, prompt and source included
     last: Step | None  # the newest step
     source: Gaussians | None  # what is edited, once it is loaded
     curve: dict[str, list[float]]  # of every step so far: loss, psnr, drift, drift_before; see `taken`
@@ -65,10 +66,15 @@ class Job:
     error: BaseException | None
 
     def __init__(
-        self, edit: Callable[[Job], None], steps: int, config: Config | None = None, source: Gaussians | None = None
+        self,
+        edit: Callable[[Job], None],
+        steps: int,
+        config: Config | None = None,
+        source: Gaussians | None = None,
+        asked: dict[str, Any] | None = None,
     ):
         """A job that calls `edit` with itself; `launch` starts it."""
-        self.steps, self.config, self.source = steps, config, source
+        self.steps, self.config, self.source, self.asked = steps, config, source, asked or {}
         self.last = self.folder = self.outcome = self.error = None
         self.curve = {"loss": [], "psnr": [], "drift": [], "drift_before": []}
         self.lines = []
@@ -395,7 +401,23 @@ def start_edit(gaussians: Gaussians, prompt: str, source: str | None, settings: 
                 if not job._taken(step):
                     return
 
-    return launch(Job(edit, settings.get("steps", known["steps"].default), source=gaussians))
+    asked = as_settings(prompt, source, settings)
+    return launch(Job(edit, settings.get("steps", known["steps"].default), source=gaussians, asked=asked))
+
+
+def as_settings(prompt: str, source: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `editing.edit` as keys of Config; what no setting can say (a mask, cameras) is left out."""
+    flat: dict[str, Any] = dict(given)
+    names = {"percent": "grow_percent", "every": "grow_every", "window": "grow_range"}
+    for name, prefix in (("tuning", ""), ("rates", "lr_"), ("hold", ""), ("growth", "")):
+        if name in flat:
+            flat |= {prefix + (names.get(key) or key): value for key, value in flat.pop(name)._asdict().items()}
+    if flat.get("cameras", "dome") in RIGS and "views" in flat:
+        flat["cameras"] = f"{flat.get('cameras', 'dome')}:{flat['views']}"
+    flat = {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items()}
+    plain = (str, int, float, list, type(None))
+    said = {key: value for key, value in flat.items() if key in KEYS and isinstance(value, plain)}
+    return {**said, "prompt": prompt, "source_prompt": source}
 
 
 def launch(job: Job) -> Job:

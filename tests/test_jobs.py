@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,11 +19,15 @@ from rich.console import Console
 
 import splatedit
 from splatedit import files, priors
-from splatedit.config import Config, load_config
+from splatedit.config import Config, check, load_config
 from splatedit.editing import Step, edit
 from splatedit.errors import InputError
-from splatedit.jobs import STATES, Job, launch, start, start_run
+from splatedit.growth import Growth
+from splatedit.jobs import STATES, Job, as_settings, launch, start, start_run
 from splatedit.run import run
+from splatedit.scenes import Hold, Rates
+from splatedit.tuning import Tuning
+from splatedit.work import Work, options
 
 SOON = 20.0  # seconds within which whatever is waited for is there
 
@@ -431,6 +436,22 @@ def test_mistakes_are_told_at_once(scene, settings, words, scene_file, cloud, mo
     with pytest.raises(InputError, match=words):
         start(cloud if scene is None else scene, "a pig", "a cat", **settings)
     assert threading.active_count() == running
+
+
+def test_the_settings_of_an_edit_in_memory_are_those_that_config_knows():
+    given = dict(
+        steps=7, t_range=(0.1, 0.5), cameras="orbit", views=9, mask=torch.ones(3), hold=Hold(anchor=0.1), model=object()
+    )
+    growth, rates = Growth(5.0, 10, (0.2, 0.4), 900, 0.01), Rates(means=0.5)
+    asked = as_settings("a pig", None, {**given, "growth": growth, "rates": rates, "tuning": Tuning(sdi_steps=4)})
+    config = replace(Config(), **asked)
+    check(config)
+    edited = options(Work(config, cast(Any, SimpleNamespace(n=10)), cast(Any, None), "", "none", None))
+    for key in ("steps", "t_range", "cameras", "views"):
+        assert edited[key] == given[key]
+    assert (edited["growth"], edited["rates"], edited["tuning"].sdi_steps) == (growth, rates, 4)
+    assert edited["hold"] == Hold(anchor=0.1) and edited["mask"] is None and config.model == Config().model
+    assert (config.prompt, config.source_prompt) == ("a pig", None)
 
 
 @pytest.mark.parametrize("scene", ["file", "memory"])

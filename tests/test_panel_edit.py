@@ -1,5 +1,6 @@
 """The edit tab: settings from text and back, the command that repeats a run, and an edit steered from the browser."""
 
+import json
 import math
 import shlex
 import threading
@@ -28,12 +29,15 @@ from splatedit.config import (
     as_command,
     check,
     load_config,
+    save_config,
 )
 from splatedit.errors import InputError
+from splatedit.folders import CHECKPOINT
 from splatedit.jobs import Job
 from splatedit.tuning import RANGES
 from splatedit.viewer.app import App
 from splatedit.viewer.panels import edit
+from splatedit.viewer.resuming import at_folder, unfinished
 from splatedit.viewer.stage import opened
 from splatedit.vram import VRAM
 from tests.screen import keep, open_page, pixels, until
@@ -288,10 +292,11 @@ def test_two_curves_share_their_steps():
 @pytest.fixture
 def made(cloud, scene_file, tmp_path, monkeypatch):
     """A function that opens a viewer with the edit tab, whose actions are done at once; its jobs are not started."""
-    apps, begun = [], []
+    apps, begun, resumed = [], [], []
     monkeypatch.setattr(edit.Panel, "watch", lambda self: None)
 
-    def start_run(config):
+    def start_run(config, resume=None, command=None):
+        resumed.extend([resume] if resume else [])
         begun.append(Job(lambda job: None, config.steps, config))
         return begun[-1]
 
@@ -305,7 +310,7 @@ def made(cloud, scene_file, tmp_path, monkeypatch):
         app.notify = lambda title, body, **more: app.told.append(body)
         with app.server.gui.add_folder("tab"):
             panel = edit.Panel(app)
-        panel.begun = begun
+        panel.begun, panel.resumed = begun, resumed
         apps.append(app)
         return panel
 
@@ -381,7 +386,7 @@ def test_the_edit_only_sets_a_flag(made):
     assert panel.news.is_set() and panel.status.content == drawn
 
 
-def test_after_an_edit_its_history_says_what_the_scene_shows(made, tmp_path):
+def test_what_came_of_an_edit_stands_there(made, tmp_path):
     panel = made(source_prompt="a cat")
     panel.run(None)
     (job,) = panel.begun
@@ -392,8 +397,100 @@ def test_after_an_edit_its_history_says_what_the_scene_shows(made, tmp_path):
     job.outcome, job.done = Outcome(), 3
     job._state = "done"
     panel.look()
-    assert panel.app.config.source_prompt is None and panel.fields["source_prompt"].value == ""
     assert panel.result.visible and "not measured" in panel.result.content and not panel.run_button.disabled
+
+
+def test_the_fields_follow_an_edit_that_was_started_elsewhere(made):
+    panel = made()
+    job = Job(lambda job: None, 7, asked={"prompt": "a fox", "source_prompt": "a cat", "steps": 7, "guidance": "dds"})
+    panel.app.follow(job)
+    panel.look()
+    shown = {key: panel.fields[key].value for key in ("prompt", "source_prompt", "steps", "guidance")}
+    assert shown == {"prompt": "a fox", "source_prompt": "a cat", "steps": "7", "guidance": "dds"}
+    assert panel.run_button.disabled and panel.go_on_button.disabled and "under way" in panel.go_on_button.label
+
+
+def test_what_an_empty_source_stands_for_is_said(made, scene_file, monkeypatch):
+    panel = made()
+    assert "the model looks for it" in panel.source_line.content and panel.source_line.visible
+    scene_file.with_suffix(".yaml").write_text("source_prompt: a <ball>\n")
+    panel.fields["source_prompt"].value = "a cat"
+    panel.look()
+    assert not panel.source_line.visible
+    panel.fields["source_prompt"].value = ""
+    panel.look()
+    assert panel.source_line.visible and "&#x27;a &lt;ball&gt;&#x27;, its sidecar says" in panel.source_line.content
+    scene_file.with_suffix(".yaml").write_text("source: a ball\n")
+    assert "cannot be read" in edit.source_in_use(scene_file)
+    monkeypatch.setattr("splatedit.stack.shows", lambda path: "a pig")
+    scene_file.with_suffix(".yaml").unlink()
+    assert edit.source_in_use(scene_file) == "Empty: 'a pig', its history says."
+    assert edit.source_in_use(None) == "Empty: the model looks for it."
+
+
+# ------------------------------------------------------------------------------------------------------------- going on
+def cut_off(config, done=None, checkpoint=True, name="a-pig@20260101-000000"):
+    """The folder of a run that took `done` steps, None: that was killed."""
+    folder = Path(config.output_dir) / Path(config.scene).stem / name
+    (folder / "ckpts").mkdir(parents=True)
+    save_config(config, folder / "config.yaml")
+    if checkpoint:
+        (folder / CHECKPOINT).write_bytes(b"")
+    if done is not None:
+        record = {"steps": done, "steps_asked": config.steps, "interrupted": done < config.steps, "exit_status": 130}
+        (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (dict(done=3), "Go on from step 3 of 5"),
+        (dict(done=None), "Go on"),
+        (dict(done=5), "Go on (5 of 5 steps are done)"),
+        (dict(done=3, checkpoint=False), "Go on (its checkpoint is gone)"),
+    ],
+)
+def test_a_run_that_was_stopped_can_go_on_unless_something_is_missing(scene_file, tmp_path, case, words):
+    config = Config(str(scene_file), "a pig", steps=5, output_dir=str(tmp_path / "out"))
+    folder, job = cut_off(config, **case), Job(lambda job: None, 5, config)
+    assert unfinished(config, job, scene_file).words == "Go on (an edit is under way)"
+    job.folder, job._state = folder, "stopped"
+    found = unfinished(config, job, folder / "edited.ply")
+    assert found.words == words and (found.folder == folder) == ("(" not in words)
+    if "(" not in words:
+        assert found.config == config and found.command[2:] == ["--resume", str(folder), "--steps", "5"]
+    more = unfinished(replace(config, steps=9, prompt="a fox"), job, None)
+    assert more.config == (None if "gone" in words else replace(config, steps=9)), "its own settings, but more steps"
+
+
+def test_a_run_that_was_cut_off_before_is_found(scene_file, tmp_path):
+    config = Config(str(scene_file), "a pig", steps=5, output_dir=str(tmp_path / "out"))
+    assert unfinished(config, None, scene_file).words == "Go on (no run was cut off)"
+    folder = cut_off(config, 3)
+    cut_off(config, 5, name="a-pig@20270101-000000")
+    found = unfinished(replace(config, steps=300), None, scene_file)
+    assert (found.folder, found.config) == (folder, config), "by its own settings"
+    assert found.words == "Go on with a-pig@20260101-000000 from step 3 of 5"
+    for nothing in (unfinished(replace(config, prompt="a fox"), None, scene_file), unfinished(config, None, None)):
+        assert nothing == ("Go on (no run was cut off)", None, None)
+    (folder / "config.yaml").write_text("steps: many\n")
+    assert at_folder(folder).folder is None
+
+
+def test_go_on_starts_that_run_again(made, scene_file, tmp_path):
+    panel = made(steps=5)
+    assert panel.go_on_button.disabled
+    panel.app.act(panel.go_on)(None)
+    assert panel.begun == [] and panel.app.told == ["Go on (no run was cut off)."]
+    folder = cut_off(replace(panel.app.config, scene=str(scene_file), guidance="dds"), 3)
+    panel.asked = None
+    panel.look()
+    assert not panel.go_on_button.disabled and panel.go_on_button.label.endswith("from step 3 of 5")
+    panel.go_on(None)
+    (job,) = panel.begun
+    assert panel.resumed == [folder] and job.config.guidance == "dds" == panel.fields["guidance"].value
+    assert panel.app.job is job and panel.go_on_button.disabled
 
 
 def test_the_panels_thread_ends_with_the_viewer(cloud, scene_file):
@@ -476,6 +573,14 @@ def test_an_edit_from_the_panel_can_be_watched_held_and_stopped(viewer):
     page.get_by_text("Command", exact=True).click()
     until(page, lambda: page.get_by_text(f"splatedit run {app.job.config.scene} 'a fox'").count() > 0, "the command")
     keep(page, "edit-stopped")
+
+    stopped, done = app.job, app.job.done
+    press(page, f"Go on from step {done} of 400")
+    until(page, lambda: app.job is not stopped and app.job.last is not None, "it goes on", 120)
+    assert app.job.folder == stopped.folder and app.job.last.index >= done and app.config.prompt == "a fox"
+    assert colour(page)[0] > before + 12, "with what was done"
+    press(page, "Stop")
+    until(page, lambda: app.job.ended, "stopped and written", 120)
     assert page.errors == []
 
 

@@ -40,6 +40,7 @@ def app(server_app, monkeypatch):
     """An app as new, whose notifications are kept in `told` as (client, title, body, colour)."""
     server_app.stage.change(**ball_fields())
     server_app.job = server_app.begun = server_app.finished = None
+    server_app.config = Config()
     server_app.unseen.clear()
     server_app.told = []
     browsers = {1: browser(server_app, 1), 2: browser(server_app, 2)}
@@ -124,6 +125,7 @@ def test_errors_go_to_the_one_who_asked(app):
         raise ZeroDivisionError("oh")
 
     app.act(mistake)(SimpleNamespace(client=app.browsers[1]))
+    settle(app)
     app.act(bug, slow=True)(SimpleNamespace(client=None))
     settle(app)
     assert app.told == [
@@ -168,6 +170,7 @@ class FakeJob:
             None,
         )
         self.steps, self.done, self.listeners = 3, 0, []
+        self.asked, self.folder, self.curve = {}, None, {"loss": []}
 
     @property
     def ended(self):
@@ -184,6 +187,7 @@ class FakeJob:
     def take(self, gaussians, rows=None, pull=None):
         step = Step(self.done, self.steps, 0.1, torch.zeros(1), gaussians, {}, 0, [], 20.0, dict, rows=rows, pull=pull)
         self.done += 1
+        self.curve["loss"].append(0.1)
         self.tell(last=step, state="running")
 
     def result(self):
@@ -265,6 +269,77 @@ def test_how_an_edit_ends_is_told(app, state, error, title, color):
     settle(app)
     assert [(t, c) for _, t, _, c, _ in app.told] == [(title, color)] * 2
     assert error is None or str(error) in app.told[0][2]
+
+
+def test_the_next_edit_begins_with_what_this_one_wrote_however_busy_the_viewer_is(app, tmp_path):
+    go, busy = threading.Event(), threading.Event()
+    app.act(lambda _: (busy.set(), go.wait(10)), slow=True)(None)  # a diagnosis, say
+    assert busy.wait(10)
+    app.follow(job := FakeJob(ball(), Config(scene="old.ply", prompt="a pig", source_prompt="a cat")))
+    job.take(ball(seed=4))
+    job.written, job.done = ball(seed=5), 3
+    job.state = "done"
+    with pytest.raises(InputError, match="under way"):
+        app.check_idle()  # before the viewer has heard of the end
+    job.tell(outcome=Outcome(tmp_path, tmp_path / "edited.ply", {}, 0))
+    ran = []
+    app.act(lambda _: ran.append((app.check_idle(), app.stage.shown.path, app.config.source_prompt)))(None)
+    until(lambda: ran)
+    assert ran == [(None, tmp_path / "edited.ply", None)] and app.stage.shown.current is job.written
+    assert app.config.prompt == "a pig"
+    go.set()
+
+
+def test_an_end_that_cannot_be_shown_is_an_end(app, tmp_path):
+    app.follow(job := FakeJob(ball(), Config(scene="old.ply", prompt="a pig")))
+    job.result = lambda: files.load(tmp_path / "edited.ply")  # somebody has deleted it
+    job.tell(state="done", outcome=Outcome(tmp_path, tmp_path / "edited.ply", {}, 0))
+    settle(app)
+    assert app.told[-1][2].startswith(f"{tmp_path}/edited.ply: no such file")
+    app.check_idle()
+
+
+def test_the_settings_of_an_edit_from_elsewhere_are_those_of_the_panel(app, tmp_path):
+    app.config, before = Config(output_dir="mine", prompt="a dog"), app.stage.shown
+    app.stage.change(path=tmp_path / "cat.ply")
+    job = FakeJob(ball())
+    job.asked = {"prompt": "a pig", "source_prompt": "a cat", "steps": 7}
+    app.follow(job)
+    assert app.config == Config(output_dir="mine", prompt="a pig", source_prompt="a cat", steps=7)
+    job.take(ball(seed=6))
+    job.tell(state="done")
+    settle(app)
+    shown = app.stage.shown
+    assert shown.path is None, "no file holds what is shown: the next run saves it"
+    assert shown.current.means.equal(ball(seed=6).means) and shown.up == before.up
+    assert (app.config.source_prompt, app.config.prompt) == ("a pig", "a pig"), "that is what it shows by now"
+    config = Config(scene=str(tmp_path / "dog.ply"), prompt="a fox", guidance="dds")
+    app.follow(job := FakeJob(ball(), config))
+    job.tell(state="running")
+    settle(app)
+    assert app.config is config and app.stage.shown.path == tmp_path / "dog.ply"
+    job.tell(state="failed", error=InputError("no"))
+    settle(app)
+    assert app.config is config, "what failed has made nothing else of it"
+
+
+def test_a_run_that_goes_on_begins_with_what_is_shown(app, tmp_path):
+    app.stage.change(current=ball(seed=7), path=tmp_path / "edited.ply", rows=None)
+    current = app.stage.shown.current
+    job = FakeJob(ball(), Config(scene=str(tmp_path / "cat.ply"), prompt="a pig"))
+    job.folder, job.done = tmp_path, 2
+    app.follow(job)
+    job.tell(state="running")
+    settle(app)
+    shown = app.stage.shown
+    assert shown.source is not shown.current is current and shown.path == tmp_path / "edited.ply"
+    app.job = app.begun = None
+    app.stage.change(path=tmp_path / "another.ply")
+    app.follow(job)
+    job.tell(state="running")
+    settle(app)
+    shown = app.stage.shown
+    assert shown.current is shown.source and shown.path == tmp_path / "cat.ply"
 
 
 # --------------------------------------------------------------------------------------------------------------- files

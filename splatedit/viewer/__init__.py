@@ -29,8 +29,8 @@ def view(
 
     scene: a splat file, Gaussians, or what `splatedit.start` gave; other: the one it is compared with, shown first; an
     edit is compared with its own source. host, port, origins: as of `server.serve`. up: one of cameras.UPS, None to
-    take the sidecar's or guess. config: what the Edit panel begins with; served: a server that runs already. Raises
-    InputError.
+    take the sidecar's or guess. config: what the Edit panel begins with, if no edit says it; served: a server that runs
+    already. Raises InputError.
     """
     from splatedit.gaussians import Gaussians
     from splatedit.viewer.app import App, read

@@ -198,15 +198,19 @@ class App:
         )
 
     def check_idle(self) -> None:
-        """Raise InputError while an edit is under way."""
-        if self.job is not None and not self.job.ended:
+        """Raise InputError while an edit is under way, or what it has written is not shown yet."""
+        if self.job is not None and not (self.job.ended and self.job is self.finished):
             raise InputError("an edit is under way; stop it first, or wait for its end.")
 
     def follow(self, job: Job) -> None:
-        """Show an edit as it goes on: each of its steps becomes the current state; raises InputError during another."""
+        """Show an edit as it goes on: each of its steps becomes the current state, its settings those of the panel.
+
+        Raises InputError during another.
+        """
         if job is not self.job:
             self.check_idle()
         self.job = job
+        self.config = job.config or replace(self.config, **job.asked)
         job.listen(self.act(self.take, newest=True))
 
     def take(self, job: Job) -> None:
@@ -223,11 +227,13 @@ class App:
         if fields:
             self.stage.change(**fields)
         if job.ended and job is not self.finished:
-            self.finished = job
-            self.act(self.finish, slow=True)(job)
+            try:
+                self.finish(job)  # here, not behind what is slow: the next edit begins with the file of this one
+            finally:
+                self.finished = job
 
     def finish(self, job: Job) -> None:
-        """Say how the edit ended, and show what it has written."""
+        """Say how the edit ended, and show what it has written; what was the source before is not what is shown now."""
         if job.error is not None and not isinstance(job.error, InputError):
             LOG.error("viewer: the edit failed", exc_info=job.error)
             self.notify("The edit failed", f"{type(job.error).__name__}: {job.error}")
@@ -237,8 +243,12 @@ class App:
         else:
             where = "" if job.outcome is None else f"; written to {job.outcome.edited}"
             self.notify(f"The edit is {job.state}", f"after {job.done} of {job.steps} steps{where}.", color="green")
-        if job.outcome is None or job is not self.job:
+        if job.outcome is None:
+            if job.config is None and job.done:
+                self.config = replace(self.config, source_prompt=job.asked.get("prompt"))
             return
+        if job.done:
+            self.config = replace(self.config, source_prompt=None)  # its history knows
         result, shown = job.result(), self.stage.shown
         rows = shown.rows if shown.current.n == result.n else continued(shown.source, result)
         self.stage.change(current=result, rows=rows, path=Path(job.outcome.edited))
@@ -288,11 +298,18 @@ def frame(shown: Shown) -> tuple[Any, float, str]:
 
 
 def begun(job: Job, shown: Shown) -> dict[str, Any]:
-    """The fields that an edit changes when it begins; what stays the same scene keeps its place and its selection."""
+    """The fields that an edit changes when it begins; what stays the same scene keeps its place and its selection.
+
+    A run that goes on with what is shown, or with what its part so far began with, begins with that.
+    """
     assert job.source is not None
-    up = job.config.up if job.config is not None else None
+    up, scene = (None, None) if job.config is None else (job.config.up, Path(job.config.scene))
     new = opened(job.source, up=up or shown.up)
-    fields: dict[str, Any] = {"source": new.source, "current": new.source, "rows": None, "pull": None}
+    fields: dict[str, Any] = {"source": new.source}
+    goes_on = job.done > len(job.curve["loss"])
+    if not (goes_on and job.folder is not None and shown.path in (scene, job.folder / "edited.ply")):
+        fields |= {"current": new.source, "rows": None, "pull": None}
+        fields |= {"path": scene} if scene != shown.path else {}
     same = bool((new.extent.centre == shown.extent.centre).all()) and new.extent.radius == shown.extent.radius
     if not same or new.up != shown.up:
         fields |= {"extent": new.extent, "up": new.up}

@@ -37,6 +37,7 @@ from splatedit.config import (
 from splatedit.errors import InputError
 from splatedit.jobs import Job, start_run
 from splatedit.viewer.places import editing, folder_of, made, unused
+from splatedit.viewer.resuming import unfinished
 
 if TYPE_CHECKING:
     from splatedit.viewer.app import App
@@ -140,6 +141,22 @@ def mask_in_use(config: Config) -> str:
     if not given:
         return "All splats may change; the Select tab makes masks."
     return "Only these splats may change: " + ", ".join(f"{key}={written(getattr(config, key))}" for key in given)
+
+
+def source_in_use(scene: Path | None) -> str:
+    """What an empty source prompt stands for, in words: as `work.prepare` finds it."""
+    from splatedit.files import sidecar
+    from splatedit.stack import shows
+
+    if scene is not None:
+        try:
+            if said := sidecar(scene).source_prompt:
+                return f"Empty: {said!r}, its sidecar says."
+        except InputError:
+            return "Empty: its sidecar would say, but cannot be read."
+        if said := shows(scene):
+            return f"Empty: {said!r}, its history says."
+    return "Empty: the model looks for it."
 
 
 # -------------------------------------------------------------------------------------------------------------- the job
@@ -271,6 +288,7 @@ class Panel:
         self.news = threading.Event()
         self.job: Job | None = None
         self.drawn: Any = None  # what the elements show of the job
+        self.asked: Any = None  # what `show_rest` was asked for last
         self.path: Path | None = None  # the scene of the shown command
         self.build()
         threading.Thread(target=self.watch, name="splatedit-edit-panel", daemon=True).start()
@@ -280,13 +298,16 @@ class Panel:
         gui, act = self.app.server.gui, self.app.act
         for entry in SUBJECT:
             self.add(entry)
+        self.source_line = gui.add_html("", visible=False)
         self.run_button = gui.add_button("Run", icon=viser.Icon.PLAYER_PLAY, color="blue", hint="R")
         self.pause_button = gui.add_button("Pause", icon=viser.Icon.PLAYER_PAUSE, hint="Space")
         self.step_button = gui.add_button("Step", icon=viser.Icon.PLAYER_TRACK_NEXT, hint="N: one step, then hold")
         self.stop_button = gui.add_button(
             "Stop", icon=viser.Icon.PLAYER_STOP, color="red", hint="Escape: keep what is done"
         )
+        self.go_on_button = gui.add_button("Go on", icon=viser.Icon.PLAYER_SKIP_FORWARD, color="gray", disabled=True)
         self.run_button.on_click(act(self.run))
+        self.go_on_button.on_click(act(self.go_on))
         self.pause_button.on_click(act(self.pause))
         self.step_button.on_click(act(self.step))
         self.stop_button.on_click(act(self.stop))
@@ -310,6 +331,7 @@ class Panel:
             self.command_block = gui.add_html("")
         self.show_config()
         self.show_job()
+        self.show_rest()
 
     def build_progress(self) -> None:
         gui = self.app.server.gui
@@ -398,6 +420,17 @@ class Panel:
         self.app.follow(job)
         self.look()
 
+    def go_on(self, event: Any) -> None:
+        """Go on with the run that was stopped or cut off, in its folder."""
+        self.app.check_idle()
+        if self.wrong:
+            raise InputError(" ".join(self.wrong.values()))
+        found = unfinished(self.app.config, self.app.job, self.app.stage.shown.path)
+        if found.config is None:
+            raise InputError(f"{found.words}.")
+        self.app.follow(start_run(found.config, resume=found.folder, command=found.command))
+        self.look()
+
     def save(self) -> Path:
         """Save the scene that came from no file, beside where its edits will be; where that is."""
         from splatedit.files import save
@@ -449,6 +482,20 @@ class Panel:
             self.fill()
             self.show_config()
         self.show_job()
+        self.show_rest()
+
+    def show_rest(self) -> None:
+        """What files say: what an empty Source would mean, whether there is something to go on with."""
+        config, job, path = self.app.config, self.app.job, self.app.stage.shown.path
+        subject = (path, config.source_prompt, config.prompt, config.steps, config.output_dir)
+        seen = (*subject, job, job and job.state, job and job.folder)
+        if seen == self.asked:
+            return
+        self.asked = seen
+        self.source_line.visible = config.source_prompt is None
+        self.source_line.content = f'<div style="{SMALL}">{escape(source_in_use(path))}</div>'
+        found = unfinished(config, job, path)
+        self.go_on_button.label, self.go_on_button.disabled = found.words, found.folder is None
 
     def show_job(self) -> None:
         """State, progress, curves and messages, if there are new ones."""
@@ -474,8 +521,6 @@ class Panel:
             self.result.content = f'<div style="{SMALL}">{outcome(job)}</div>' if job.ended else ""
         if first or job.ended:
             self.show_config()
-        if job.ended:
-            self.finish(job)
 
     def show_curves(self, job: Job) -> None:
         self.curves.visible = self.loss.visible = job.done > 1
@@ -483,13 +528,6 @@ class Panel:
         drift = thinned([job.curve["drift_before"], job.curve["drift"]])
         self.drift.visible = job.done > 1 and len(drift[0]) > 1
         self.drift.data = drift
-
-    def finish(self, job: Job) -> None:
-        """After an edit the given source prompt is not true any more."""
-        if job.outcome is not None and self.app.config.source_prompt is not None and job.done:
-            self.app.config = replace(self.app.config, source_prompt=None)  # its history knows what it shows
-            self.fill()
-            self.show_config()
 
 
 def build(app: App) -> None:

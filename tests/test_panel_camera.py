@@ -15,6 +15,7 @@ from splatedit.captures import load_capture
 from splatedit.config import Config
 from splatedit.errors import InputError
 from splatedit.viewer import films, paths
+from splatedit.viewer.app import App
 from splatedit.viewer.panels import camera
 from splatedit.viewer.paths import Key
 from splatedit.viewer.stage import opened
@@ -104,6 +105,27 @@ def test_the_speed_does_not_jump_between_near_and_far_keyframes(loop):
         into = (place(before, 1.0) - place(before, 1 - bit)) / (bit * gaps[before])
         out = (place(after, bit) - place(after, 0.0)) / (bit * gaps[after])
         assert np.linalg.norm(out - into) < 1e-3 * np.linalg.norm(into)
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_a_film_keeps_in_the_middle_what_its_keyframes_look_at(loop):
+    """The front, the left, the top: the turn alone would look past the scene, from below it."""
+    keys = [paths.around(CENTRE, 4.0, *camera.VIEWS[name], "-y", 0.8) for name in ("front", "left", "top")]
+    for view in paths.along(keys, 60, loop):
+        towards = CENTRE - view.position
+        assert paths.axes(view)[:, 2] @ towards > math.cos(0.1) * np.linalg.norm(towards), "of 0.4 to the edge"
+
+
+def test_a_camera_that_stands_still_turns_and_one_that_flies_through_does_not_whirl():
+    a = Key(np.zeros(3), np.array([0.0, 0, 2]), np.array([0.0, -1, 0]), 0.8)
+    b = a._replace(target=np.array([2.0, 0, 0]))
+    aims = np.stack([paths.axes(view)[:, 2] for view in paths.along([a, b], 10)])
+    angles = np.degrees(np.arctan2(aims[:, 0], aims[:, 2]))
+    np.testing.assert_allclose(angles, np.linspace(0, 90, 10), atol=1e-6)
+    through = [paths.around(CENTRE, 4.0, azimuth, 0.0, "-y", 0.8) for azimuth in (0, 170)]
+    views = paths.along(through, 120)
+    turns = [paths.axes(a)[:, 2] @ paths.axes(b)[:, 2] for a, b in zip(views[:-1], views[1:], strict=True)]
+    assert math.acos(min(turns)) < 0.2
 
 
 def test_the_curve_is_the_centripetal_one():
@@ -206,6 +228,24 @@ def test_a_cancelled_film_leaves_nothing(shown, tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.suffix != ".ply"] == []
 
 
+def test_who_cancels_is_told_calmly_and_a_saved_path_keeps_the_chosen_keyframe(shown, monkeypatch, tmp_path):
+    monkeypatch.setattr("splatedit.viewer.panels.PANELS", {})  # this tab alone
+    with App(shown, Config(scene=str(shown.path), output_dir=str(tmp_path))) as app:
+        said, event = [], SimpleNamespace(client=None, target=SimpleNamespace(value="save"))
+        app.notify = lambda title, body, *, color="red", **_: said.append((title, color))
+        keyframes = camera.Keyframes(app, camera.Views(app))
+        film = camera.Film(app, keyframes)
+        film.size.value, film.tell = "16", lambda share: film.stop.set()
+        app.guard(film.film, event)
+        monkeypatch.setattr(films, "save_film", lambda *_, **__: (_ for _ in ()).throw(InputError("no space")))
+        app.guard(film.film, event)
+        assert said == [("Cancelled", "blue"), ("Not done", "red")] and not film.make.disabled
+        keyframes.keys = ring(3)
+        keyframes.refresh(1)
+        app.guard(keyframes.store, event)
+        assert said[2:] == [("Saved", "green")] and keyframes.pick.value == "2"
+
+
 @pytest.mark.parametrize("text", ["", "12", "640x", "x480", "640x480x3", "5000", "9x480", "a"])
 def test_a_size_that_is_none_is_refused(text):
     with pytest.raises(InputError, match="expected pixels from 16"):
@@ -278,8 +318,6 @@ def test_a_turntable_is_made_from_here(browser, shown, tmp_path):
     import av
     from screen import keep, open_page, pixels, until
 
-    from splatedit.viewer.app import App
-
     with App(shown, Config(scene=str(shown.path), output_dir=str(tmp_path / "outputs"))) as app:
         page = open_page(browser, app.url)
         until(page, lambda: np.mean(pixels(page)[:, :300].min(2) < 200) > 0.05, "the scene")
@@ -288,7 +326,7 @@ def test_a_turntable_is_made_from_here(browser, shown, tmp_path):
         page.get_by_role("button", name="left", exact=True).click()
         until(page, lambda: client.camera.position[0] < -1, "the camera on the left")
         here = paths.key_of(client.camera)
-        size = field(page, "size")
+        size = field(page, "Size")
         size.scroll_into_view_if_needed()
         size.fill("80x60")
         size.press("Enter")
@@ -311,8 +349,6 @@ def test_a_turntable_is_made_from_here(browser, shown, tmp_path):
 def test_keyframes_are_played_and_the_edits_cameras_looked_through(browser, shown, tmp_path):
     from screen import keep, open_page, pixels, until
 
-    from splatedit.viewer.app import App
-
     config = Config(scene=str(shown.path), output_dir=str(tmp_path / "outputs"), cameras="orbit:4")
     with App(shown, config) as app:
         page = open_page(browser, app.url)
@@ -329,7 +365,7 @@ def test_keyframes_are_played_and_the_edits_cameras_looked_through(browser, show
         press("left")
         until(page, lambda: client.camera.position[0] < -1, "the camera on the left")
         press("Add this view")
-        until(page, lambda: field(page, "keyframe").input_value() == "2", "two keyframes")
+        until(page, lambda: field(page, "Keyframe").input_value() == "2", "two keyframes")
         seen = []
         client.camera.on_update(lambda camera: seen.append(np.array(camera.position)))
         press("Play")
@@ -338,7 +374,7 @@ def test_keyframes_are_played_and_the_edits_cameras_looked_through(browser, show
         press("Stop")
         until(page, lambda: page.get_by_role("button", name="Play", exact=True).count(), "it stops")
         assert min(np.linalg.norm(place - CENTRE) for place in seen) > 1.5, "around the scene"
-        page.get_by_text("cameras of the edit").click()
+        page.get_by_text("Cameras of the edit").click()
         press("Look through it")
         wanted = camera.keys_of(orbit(shown.source, 4, size=64, up="-y"), CENTRE)[0]
         until(page, lambda: np.allclose(client.camera.position, wanted.position, atol=1e-3), "the first camera's place")

@@ -134,6 +134,8 @@ def test_the_strip_and_the_maps_are_what_was_found(found):
     hot = maps[y, 34 + x].astype(int)
     assert hot[0] - hot[2] > 40, "and hot where it pulls most"
     assert "t=300, t=700" in diagnose.captions(found)[0] and "t=300, t=500" in diagnose.captions(found)[1]
+    still = found._replace(asked=found.asked._replace(target=found.asked.source))
+    assert "name a target" in diagnose.captions(still)[1], "maps that are grey everywhere are explained"
 
 
 def test_everything_is_kept_as_files(found, tmp_path, monkeypatch):

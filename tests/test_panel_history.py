@@ -170,12 +170,13 @@ def test_nothing_changes_while_an_edit_is_under_way(panel, chain):
     content, panel.app.job = chain.read_bytes(), Busy()
     panel.refresh()
     assert panel.back.disabled and panel.slider.disabled and "under way" in panel.said.content
-    with pytest.raises(InputError, match="under way"):
-        panel.undo()
-    assert chain.read_bytes() == content
+    for action in (panel.undo, panel.reread):
+        with pytest.raises(InputError, match="under way"):
+            action()
+    assert chain.read_bytes() == content and panel.again.disabled
     panel.app.job.ended = True
     panel.refresh()
-    assert not panel.back.disabled
+    assert not panel.back.disabled and not panel.again.disabled
 
 
 # ------------------------------------------------------------------------------------------------------ in a browser

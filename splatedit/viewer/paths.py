@@ -100,8 +100,8 @@ def along(keys: Sequence[Key], frames: int, loop: bool = False) -> list[Key]:
     """`frames` views from the first keyframe to the last, with `loop` on to the first again, but not that one twice.
 
     Places follow the centripetal Catmull-Rom curve (Yuksel et al. 2011, doi:10.1016/j.cad.2010.08.008), which makes no
-    loops of its own, at a speed without jumps; orientations the shortest turn. Every keyframe is met, where there are
-    frames enough. Raises InputError without keyframes.
+    loops of its own, at a speed without jumps; orientations the shortest turn, held where their lines of sight meet.
+    Every keyframe is met, where there are frames enough. Raises InputError without keyframes.
     """
     if not keys or frames < 1:
         raise InputError(f"film: found {len(keys)} keyframes and {frames} frames, expected 1 or more of each.")
@@ -154,7 +154,29 @@ def between(stops: Sequence[Key], gaps: Sequence[float], leg: int, share: float,
     turn = Slerp([0, 1], Rotation.from_matrix(np.stack([axes(a), axes(b)])))(share).as_matrix()
     near, far = (float(np.linalg.norm(key.target - key.position)) for key in (a, b))
     distance = near ** (1 - share) * far**share
-    return Key(position, position + distance * turn[:, 2], -turn[:, 1], (1 - share) * a.fov + share * b.fov)
+    ahead = held(a, b, share, position, turn[:, 2])
+    return Key(position, position + distance * ahead, -turn[:, 1], (1 - share) * a.fov + share * b.fov)
+
+
+def held(a: Key, b: Key, share: float, position: np.ndarray, ahead: np.ndarray) -> np.ndarray:
+    """Where to look (3,) at a share of the way between two views: where their lines of sight meet, as far as they do.
+
+    ahead: where the turn leads, (3,) of length one: of views that look past each other, or whose camera stands still.
+    """
+    (f, g), way = (axes(key)[:, 2] for key in (a, b)), b.position - a.position
+    sine2 = 1 - (f @ g) ** 2
+    if sine2 < 1e-6:  # side by side, or face to face
+        return ahead
+    near, far = (way @ f - (f @ g) * (way @ g)) / sine2, ((f @ g) * (way @ f) - way @ g) / sine2
+    if min(near, far) < 1e-9:
+        return ahead
+    here, there = a.position + near * f, b.position + far * g  # where they are closest to each other
+    line = (1 - share) * here + share * there - position
+    distance = float(np.linalg.norm(line))
+    met = max(1 - float(np.linalg.norm(there - here)) / min(near, far), 0.0)
+    met *= min(1.2 * distance / min(near, far), 1.0) ** 2  # who flies past it does not whirl around
+    found = met * line / max(distance, 1e-12) + (1 - met) * ahead
+    return found / max(float(np.linalg.norm(found)), 1e-12)
 
 
 def curve(points: tuple[np.ndarray, ...], gaps: tuple[float, ...], share: float) -> np.ndarray:

@@ -136,12 +136,12 @@ class Views:
         from viser import Icon
 
         self.app, gui = app, app.server.gui
-        self.views = gui.add_button_group("look from", (*VIEWS, RESET))
-        self.fov = gui.add_slider("field of view", 10.0, 120.0, 1.0, framing.FOV, hint="Degrees from top to bottom.")
+        self.views = gui.add_button_group("Look from", (*VIEWS, RESET))
+        self.fov = gui.add_slider("Field of view", 10.0, 120.0, 1.0, framing.FOV, hint="Degrees from top to bottom.")
         self.shot = gui.add_button("Screenshot", icon=Icon.CAMERA, hint="What you see, drawn by our renderer, as PNG.")
-        with gui.add_folder("cameras of the edit", expand_by_default=False):
-            self.show = gui.add_checkbox("show them", False)
-            self.pick = gui.add_dropdown("camera", NONE)
+        with gui.add_folder("Cameras of the edit", expand_by_default=False):
+            self.show = gui.add_checkbox("Show them", False)
+            self.pick = gui.add_dropdown("Camera", NONE)
             self.through = gui.add_button("Look through it", icon=Icon.EYE, hint="Or click one in the scene.")
         self.keys: dict[str, Key] = {}
         self.frusta: list[Any] = []
@@ -222,14 +222,14 @@ class Keyframes:
         self.settings: Callable[[], tuple[tuple[int, int], float]] = lambda: ((640, 480), 24.0)  # size and fps of films
         self.stop = threading.Event()
         self.stop.set()
-        with gui.add_folder("keyframes"):
+        with gui.add_folder("Keyframes"):
             self.add = gui.add_button("Add this view", icon=Icon.PLUS)
-            self.pick = gui.add_dropdown("keyframe", NONE)
+            self.pick = gui.add_dropdown("Keyframe", NONE)
             self.change = gui.add_button_group("", ("look", "replace", "earlier", "later", "delete"))
-            self.loop = gui.add_checkbox("loop", True, hint="From the last keyframe on to the first.")
-            self.seconds = gui.add_slider("seconds", 1.0, 30.0, 0.5, 6.0)
+            self.loop = gui.add_checkbox("Loop", True, hint="From the last keyframe on to the first.")
+            self.seconds = gui.add_slider("Seconds", 1.0, 30.0, 0.5, 6.0)
             self.play = gui.add_button("Play", icon=Icon.PLAYER_PLAY)
-            self.path = gui.add_text("file", "", hint="cameras.json, transforms.json, or one that was saved here.")
+            self.path = gui.add_text("File", "", hint="cameras.json, transforms.json, or one that was saved here.")
             self.files = gui.add_button_group("", ("save", "load", "clear"))
         self.add.on_click(app.act(self.append))
         self.change.on_click(app.act(self.edit))
@@ -328,6 +328,7 @@ class Keyframes:
             self.keys = []
         else:
             self.save(path, event)
+            return
         self.refresh(0)
 
     def save(self, path: Path, event: Any) -> None:
@@ -352,13 +353,13 @@ class Film:
 
         self.app, self.keyframes, gui = app, keyframes, app.server.gui
         self.stop = threading.Event()
-        with gui.add_folder("film"):
-            self.way = gui.add_dropdown("way", WAYS)
-            self.look = gui.add_dropdown("look", films.looks())
-            self.size = gui.add_text("size", "640x480")
-            self.fps = gui.add_slider("frames a second", 1, 60, 1, 24)
-            self.seconds = gui.add_slider("seconds", 0.5, 30.0, 0.5, 3.0, hint="Of a turntable; keyframes have theirs.")
-            self.kind = gui.add_dropdown("kind", films.ENDINGS)
+        with gui.add_folder("Film"):
+            self.way = gui.add_dropdown("Way", WAYS)
+            self.look = gui.add_dropdown("Look", films.looks())
+            self.size = gui.add_text("Size", "640x480")
+            self.fps = gui.add_slider("Frames a second", 1, 60, 1, 24)
+            self.seconds = gui.add_slider("Seconds", 0.5, 30.0, 0.5, 3.0, hint="Of a turntable; keyframes have theirs.")
+            self.kind = gui.add_dropdown("Kind", films.ENDINGS)
             self.make = gui.add_button("Make the film", icon=Icon.MOVIE)
             self.bar = gui.add_progress_bar(0.0, visible=False, animated=True)
             self.cancel = gui.add_button("Cancel", visible=False)
@@ -396,11 +397,16 @@ class Film:
                 tell=self.tell,
                 stop=lambda: self.stop.is_set() or app.stage.closed,
             )
+        except InputError as error:
+            if not self.stop.is_set():
+                raise
+            app.notify("Cancelled", str(error), color="blue", client=event.client)
+            return
         finally:
             self.busy(False)
         self.said.content = f"`{path}`: {len(views)} frames"
-        if event.client is not None:
-            event.client.send_file_download(path.name, path.read_bytes())
+        if event.client is not None:  # under a name that fits into the message, and says something among others
+            event.client.send_file_download(f"{stem(shown)}-{name}{self.kind.value}", path.read_bytes())
 
     def tell(self, share: float) -> None:
         self.bar.value = 100 * share

@@ -249,10 +249,13 @@ def captions(found: Found) -> tuple[str, str]:
     levels = ", ".join(f"t={t}" for t in dict.fromkeys(row["t"] for row in found.means.rows))
     pulls = ", ".join(f"t={t}" for t in dict.fromkeys(row["t"] for row in found.maps.rows))
     said = found.asked
+    pull = f"Where {said.guidance} pulls towards {said.target!r}: the view, {pulls}; each with a scale of its own."
+    if said.target == said.source:
+        pull = "Nothing pulls, as the target is the source: name a target in the Edit tab to see where it would."
     return (
         f"What the model sees in the noised view of {said.source!r}: the view itself, {levels}. Above as the noise was "
         f"drawn, below after {said.iters} iterations of {said.solver}.",
-        f"Where {said.guidance} pulls towards {said.target!r}: the view, {pulls}; each with a scale of its own.",
+        pull,
     )
 
 
@@ -347,9 +350,11 @@ class Panel:
         self.busy(True)
         try:
             self.show(self.measure(event))
-        except BaseException:
+        except BaseException as error:
             self.said.content = ""
-            raise
+            if not (isinstance(error, InputError) and self.stop.is_set()):
+                raise
+            self.app.notify("Cancelled", str(error), color="blue", client=event.client)
         finally:
             self.busy(False)
 

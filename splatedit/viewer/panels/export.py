@@ -112,7 +112,7 @@ def check_place(path: Path, shown: Shown, form: Format, overwrite: bool) -> None
     if shown.path is not None and shown.path.exists() and os.path.samefile(path, shown.path):
         raise InputError(f"{path}: is the file that is shown, and its history speaks of it; choose another name.")
     if not overwrite:
-        raise InputError(f'{path}: is there already; tick "overwrite", or choose another name.')
+        raise InputError(f'{path}: is there already; tick "Overwrite", or choose another name.')
 
 
 def save_as(shown: Shown, wish: Wish, path: Path, overwrite: bool = False) -> int:
@@ -160,12 +160,12 @@ class Panel:
         from viser import Icon
 
         self.app, gui = app, app.server.gui
-        self.what = gui.add_dropdown("what", WHAT, hint="During an edit: the newest step.")
-        self.format = gui.add_dropdown("format", writable())
+        self.what = gui.add_dropdown("What", WHAT, hint="During an edit: the newest step.")
+        self.format = gui.add_dropdown("Format", writable())
         self.degree = gui.add_dropdown("SH degree", DEGREES, hint="Of the colours that depend on the view.")
         self.said = gui.add_markdown("")
-        self.path = gui.add_text("file", "")
-        self.over = gui.add_checkbox("overwrite", False, hint="Replace a file of this name.")
+        self.path = gui.add_text("File", "")
+        self.over = gui.add_checkbox("Overwrite", False, hint="Replace a file of this name.")
         self.save = gui.add_button("Save on the server", icon=Icon.DEVICE_FLOPPY)
         self.load = gui.add_button("Download", icon=Icon.DOWNLOAD)
         self.done = gui.add_markdown("")

@@ -140,10 +140,10 @@ class Panel:
         self.said = gui.add_markdown("")
         self.back = gui.add_button("Undo", icon=Icon.ARROW_BACK_UP, hint="Ctrl+Z or Cmd+Z")
         self.forth = gui.add_button("Redo", icon=Icon.ARROW_FORWARD_UP, hint="Ctrl+Shift+Z or Cmd+Shift+Z")
-        self.states = gui.add_dropdown("state", NONE)
+        self.states = gui.add_dropdown("State", NONE)
         self.jump = gui.add_button("Go to this state")
-        self.edits = gui.add_dropdown("edit", NONE)
-        self.slider = gui.add_slider("strength", 0.0, 1.0, 0.01, 1.0)
+        self.edits = gui.add_dropdown("Edit", NONE)
+        self.slider = gui.add_slider("Strength", 0.0, 1.0, 0.01, 1.0)
         self.apply = gui.add_button("Apply the strength", hint="Writes it into the file; it can be undone.")
         self.again = gui.add_button("Read the file again")
         self.connect()
@@ -185,6 +185,7 @@ class Panel:
         done = {} if off or stack is None else strengths(stack.done)
         for element in (self.states, self.jump):
             element.disabled = off
+        self.again.disabled = self.app.stage.shown.path is None or editing(self.app)
         for element in (self.edits, self.slider, self.apply):
             element.disabled = not done
         self.back.disabled = off or stack is None or not stack.done
@@ -239,8 +240,9 @@ class Panel:
         from splatedit.stack import Stack
 
         path = self.app.stage.shown.path
-        if path is None or editing(self.app):
-            raise InputError(why_not(path, self.stack, True))
+        self.app.check_idle()
+        if path is None:
+            raise InputError(why_not(path, None, False))
         stack = Stack.open(path) if path.is_file() else None
         if stack is not None and stack.entries and stack.at is not None:
             self.show(stack)

@@ -1,5 +1,8 @@
 """The viewer's app: callbacks in order, errors told, edits followed, scenes opened; and the words that start it."""
 
+import asyncio
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -13,10 +16,12 @@ from splatedit import cameras, files
 from splatedit.config import Config
 from splatedit.editing import Step
 from splatedit.errors import InputError, LossWarning
+from splatedit.gaussians import SH_C0
 from splatedit.run import Outcome
-from splatedit.viewer import first_look, framing, shell, view
+from splatedit.viewer import first_look, framing, shell, view, wire
 from splatedit.viewer.app import App, Worker, read
-from splatedit.viewer.encoding import encode, place
+from splatedit.viewer.encoding import encode
+from splatedit.viewer.server import serve
 from splatedit.viewer.stage import Stage, opened
 
 
@@ -71,6 +76,7 @@ def ball_fields():
 def browser(app, number):
     camera = SimpleNamespace(aspect=1.5, fov=None, near=None, far=None, up_direction=None, position=None, look_at=None)
     client = SimpleNamespace(client_id=number, camera=camera, atomic=app.server.atomic)
+    camera.on_update = lambda callback: vars(camera).update(moved=callback)
     client.add_notification = lambda title, body, color, auto_close_seconds: app.told.append(
         (number, title, body, color, auto_close_seconds)
     )
@@ -146,6 +152,23 @@ def test_a_message_finds_somebody_or_waits(app):
     app.welcome(back)
     assert app.told[1:] == [(1, "Failed", "while nobody looked", "red", None)] and not app.unseen
     assert app.stage.clients == 1
+
+
+def test_a_window_that_is_higher_than_wide_sees_all_of_the_scene(app):
+    client = app.browsers[1]
+    first = framing.place(*(frame := (app.stage.shown.extent.centre.numpy(), app.stage.shown.extent.radius, "-y")))
+    client.camera.position, client.camera.aspect = first.position.astype(np.float32), 1.6
+    app.welcome(client)
+    assert client.camera.fov is None, "left where it is"
+    client.camera.aspect = 0.8  # the panel has taken its part
+    asyncio.run(client.camera.moved(client.camera))
+    settle(app)
+    far = framing.place(*frame, aspect=0.8).position
+    np.testing.assert_allclose(client.camera.position, far)
+    client.camera.position = there = far + 1  # by a hand
+    asyncio.run(client.camera.moved(client.camera))
+    settle(app)
+    assert client.camera.position is there
 
 
 def test_slow_actions_do_not_hold_up_the_others(app):
@@ -419,15 +442,20 @@ def test_the_first_camera_is_that_of_an_orbit(cloud, up):
 
 def test_the_first_look_is_what_the_display_draws(scene_file, cloud):
     seen, shown = first_look.glance(scene_file), read(scene_file)
-    drawn = encode(shown.source, place(shown.extent))
     assert seen.up == shown.up == "-y" and seen.radius == pytest.approx(shown.extent.radius, rel=1e-6)
-    for name, tolerance in (("centers", 1e-5), ("covariances", 1e-4), ("rgbs", 1), ("opacities", 1)):
-        a, b = (np.asarray(getattr(part, name), np.float64) for part in (seen, drawn))
-        assert a.shape == b.shape and getattr(seen, name).dtype == getattr(drawn, name).dtype
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=tolerance, err_msg=name)
+    assert wire.same(encode(shown.source, wire.place(seen.centre, seen.radius)).splats, seen.splats)
+    assert SH_C0 == wire.SH_C0
     scene_file.with_suffix(".yaml").write_text("source_prompt: a ball\nup: '+z'  # as it stands\n")
     assert first_look.glance(scene_file).up == files.sidecar(scene_file).up == "+z"
     assert first_look.glance(scene_file, "-x").up == "-x"
+
+
+def test_what_the_first_look_has_sent_is_not_sent_again(scene_file):
+    served = first_look.show(serve(), first_look.glance(scene_file))
+    with view(scene_file, served=served) as app:
+        splats = app.displays.splats
+        node = until(lambda: next((n for n in splats.nodes.values() if n.picture is not None), None))
+        assert node.handle is served.first.handle and node.at == served.first.at and not node.updated
 
 
 def test_without_a_plain_sound_file_there_is_no_first_look(scene_file, cloud, tmp_path):
@@ -448,6 +476,8 @@ def test_without_a_plain_sound_file_there_is_no_first_look(scene_file, cloud, tm
     for name in ("a.compressed.ply", "a.splat", "not-there.ply", *spoilt):
         assert first_look.glance(tmp_path / name) is None, name
     assert first_look.glance(scene_file) is not None
+    scene_file.with_suffix(".yaml").write_text("sourceprompt: a ball\n")
+    assert first_look.glance(scene_file) is None, "the address is not told before it is known that all can be read"
 
 
 # ---------------------------------------------------------------------------------------------------------------- words
@@ -456,6 +486,7 @@ def test_without_a_plain_sound_file_there_is_no_first_look(scene_file, cloud, tm
     [
         (["view", "nothing.ply"], "nothing.ply: no such file"),
         (["view", "{scene}", "nothing.ply"], "nothing.ply: no such file"),
+        (["view", "{bad}"], "bad.yaml: unknown key 'sourceprompt'"),
         (["view", "{scene}", "--port", "65536"], "port: found 65536"),
         (["view", "{scene}", "--up", "y"], "+y"),
         (["run", "{scene}", "a pig", "--port", "8000"], "go with --viewer"),
@@ -463,7 +494,10 @@ def test_without_a_plain_sound_file_there_is_no_first_look(scene_file, cloud, tm
     ],
 )
 def test_mistakes_are_one_line(call, words, message, scene_file):
-    status, out, err = call(*(word.format(scene=scene_file) for word in words))
+    bad = scene_file.with_name("bad.ply")
+    bad.write_bytes(scene_file.read_bytes())
+    bad.with_suffix(".yaml").write_text("sourceprompt: a ball\n")
+    status, out, err = call(*(word.format(scene=scene_file, bad=bad) for word in words))
     assert (status, out) == (2, "") and message in err and err.count("\n") == 1, err
 
 
@@ -475,6 +509,12 @@ def test_view_tells_the_address_and_ends_with_ctrl_c(call, scene_file, monkeypat
     assert (status, out) == (0, held[0].url + "\n") and err == "Ctrl-C ends.\n" and held[0].closed.is_set()
     until(lambda: visited == [held[0].url])
     assert call("view", scene_file, scene_file)[1] == held[1].url + "\n" and len(visited) == 1, "no screen, no browser"
+
+
+def test_view_that_is_ended_while_it_starts_says_so(call, scene_file, monkeypatch):
+    monkeypatch.setattr(first_look, "glance", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    status, out, err = call("view", scene_file)
+    assert (status, out) == (130, "") and err == "Interrupted before the scene was open.\n"
 
 
 @pytest.mark.parametrize("interrupted", [False, True])

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 ELEVATION, FOV = 15.0, 45.0  # degrees; as `splatedit render` does
 NEAR, FAR = 0.002, 200.0  # radii of the scene
+BEHIND = 1.0  # world units before every camera: there the browser hangs the picture behind the scene
 
 
 class Place(NamedTuple):
@@ -40,7 +41,7 @@ def aim(server: viser.ViserServer, centre: np.ndarray, radius: float, up: str) -
     server.scene.set_up_direction(up)  # type: ignore[arg-type]
     first, found = server.initial_camera, place(centre, radius, up)
     with server.atomic():
-        first.fov, first.near, first.far = float(np.radians(FOV)), NEAR * radius, FAR * radius
+        first.fov, (first.near, first.far) = float(np.radians(FOV)), planes(radius)
         first.position, first.look_at = found
 
 
@@ -49,10 +50,15 @@ def move(client: viser.ClientHandle, centre: np.ndarray, radius: float, up: str)
     camera = client.camera
     found = place(centre, radius, up, camera.aspect)
     with client.atomic():
-        camera.fov, camera.near, camera.far = float(np.radians(FOV)), NEAR * radius, FAR * radius
+        camera.fov, (camera.near, camera.far) = float(np.radians(FOV)), planes(radius)
         camera.up_direction = direction(up)
         camera.position = found.position
         camera.look_at = found.target  # last: whoever moves the position moves this along
+
+
+def planes(radius: float) -> tuple[float, float]:
+    """How near and how far a browser sees, in world units, the picture behind the scene too."""
+    return min(NEAR * radius, BEHIND / 2), max(FAR * radius, 2 * BEHIND)
 
 
 def direction(up: str) -> np.ndarray:

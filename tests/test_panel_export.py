@@ -102,7 +102,7 @@ def test_nothing_is_replaced_unasked(shown, scene_file, tmp_path):
             export.save_as(shown, wish, shown_file, overwrite=True)
     assert scene_file.read_bytes() == content
     for wrong in ("out.spz", "out", "out.compressed.ply"):
-        with pytest.raises(InputError, match="the name of a ply file ends in .ply"):
+        with pytest.raises(InputError, match="the name of a ply file ends in .ply; choose"):
             export.save_as(shown, wish, tmp_path / wrong)
     broken = shown._replace(current=shown.current._replace(means=shown.current.means * math.nan))
     with pytest.raises(InputError):

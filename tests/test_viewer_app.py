@@ -300,6 +300,7 @@ def test_the_next_edit_begins_with_what_this_one_wrote_however_busy_the_viewer_i
     assert busy.wait(10)
     app.follow(job := FakeJob(ball(), Config(scene="old.ply", prompt="a pig", source_prompt="a cat")))
     job.take(ball(seed=4))
+    until(lambda: app.stage.shown.current is job.last.gaussians)
     job.written, job.done = ball(seed=5), 3
     job.state = "done"
     with pytest.raises(InputError, match="under way"):
@@ -363,6 +364,13 @@ def test_a_run_that_goes_on_begins_with_what_is_shown(app, tmp_path):
     settle(app)
     shown = app.stage.shown
     assert shown.current is shown.source and shown.path == tmp_path / "cat.ply"
+
+
+@pytest.mark.parametrize("radius", [1e-4, 1.0, 1e5])
+def test_the_picture_behind_the_scene_is_not_cut_off_in_scenes_of_any_size(radius):
+    """The browser hangs it one world unit before its camera."""
+    near, far = framing.planes(radius)
+    assert near < 1 < far and near <= 0.002 * radius and far >= 200 * radius
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -106,9 +106,8 @@ def check_place(path: Path, shown: Shown, form: Format, overwrite: bool) -> None
 
     found = format_of(path)
     if found is None or found.name != form.name:
-        raise InputError(
-            f"{path}: the name of a {form.name} file ends in {' or '.join(form.suffixes)}; choose another name or format."
-        )
+        endings = " or ".join(form.suffixes)
+        raise InputError(f"{path}: the name of a {form.name} file ends in {endings}; choose another name or format.")
     if not path.exists():
         return
     if shown.path is not None and shown.path.exists() and os.path.samefile(path, shown.path):

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from splatedit import mask_settings, vram
+from splatedit import work as settled
 from splatedit.checkpoints import SECONDS
 from splatedit.config import Config
 from splatedit.editing import edit
@@ -25,7 +26,7 @@ from splatedit.machine import device_name, peak_memory
 from splatedit.media import draw
 from splatedit.model_files import NETWORKS, first_line
 from splatedit.progress import warn
-from splatedit.work import VIEWS, check_run, options, prepare, seen_from, views_of_model, views_of_pictures
+from splatedit.work import check_run, options, prepare, seen_from, views_of_model, views_of_pictures
 
 if TYPE_CHECKING:
     from splatedit.work import Work
@@ -204,7 +205,7 @@ def scale_of(work: Work) -> float:
 def report_seconds(work: Work, timed: Timed) -> float:
     """Of the change report, the pictures and the film after the edit, from one picture of each kind."""
     row = timed.prior / max(timed.evaluations + BACKWARD * timed.backwards, 1e-9)
-    seconds, there = VIEWS * ASKED * row, work.gaussians.to(work.prior.device)
+    seconds, there = settled.VIEWS * ASKED * row, work.gaussians.to(work.prior.device)
     for cameras in views_of_pictures(work):
         start = time.perf_counter()
         list(draw(there, cameras.pick([0]), work.background))

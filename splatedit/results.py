@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from splatedit import __version__
+from splatedit import work as settled  # its VIEWS and FRAMES are read when they are used
 from splatedit.checkpoints import Keeper, Log
 from splatedit.errors import DONE, INTERRUPTED, NOT_CHANGED, InputError
 from splatedit.json_files import json_number, write_json
 from splatedit.machine import device_name, peak_memory, versions
 from splatedit.progress import warn
-from splatedit.work import FRAMES, VIEWS, Work, seen_from, view_names, views_of_model, views_of_pictures
+from splatedit.work import Work, seen_from, view_names, views_of_model, views_of_pictures
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +75,7 @@ def write(work: Work, console: Console, folder: Path, log: Log, keeper: Keeper) 
     if pictures:
         write_report(record, metrics, work.config, folder, history)
     if report:
-        tell(console, report, work.config.prompt, min(VIEWS, len(work.capture.report)) if work.capture else VIEWS)
+        tell(console, report, work.config.prompt, len(report.views))
     return record
 
 
@@ -158,7 +159,7 @@ def measure(work: Work, edited: Gaussians, rows: Tensor | None) -> Report:
         source.to(prior.device),
         edited.to(prior.device),
         prior,
-        views_of_model(work, VIEWS, azimuth=180 / VIEWS),
+        views_of_model(work, settled.VIEWS, azimuth=180 / settled.VIEWS),
         work.config.prompt,
         work.source_prompt,
         bounds(source).radius,
@@ -182,7 +183,7 @@ def measure_regions(
 
 def views_of_report(work: Work, report: Report) -> list[dict[str, Any]]:
     """What metrics.json says of each view of the change report."""
-    names = view_names(work, len(report.views), azimuth=180 / VIEWS)
+    names = view_names(work, len(report.views), azimuth=180 / settled.VIEWS)
     return [{"view": name, **numbers} for name, numbers in zip(names, report.view_dicts(), strict=True)]
 
 
@@ -209,7 +210,7 @@ def draw_pairs(work: Work, folder: Path, edited: Gaussians) -> tuple[list[dict[s
         pictures.append({"view": name, **paths, **{region: c._asdict() for region, c in each[index].items()}})
     media.save_png(media.sheet([*before, *after], cameras.n), folder / "renders" / "sheet.png")
     film = media.beside(*(media.draw(g, turn, work.background) for g in both))
-    media.save_frames(film, folder / "turntable.mp4", max(FPS * turn.n / FRAMES, 2))
+    media.save_frames(film, folder / "turntable.mp4", max(FPS * turn.n / settled.FRAMES, 2))
     return pictures, together
 
 

@@ -95,7 +95,10 @@ def gaussians_bundle(gaussians: Gaussians) -> Bundle:
         rows["comments"] = "; ".join(gaussians.comments)
     picture = thumbnail(gaussians)
     shown = image(picture, repr(gaussians)) if picture is not None else "none of them can be drawn"
-    return bundle(repr(gaussians), f'<div style="{CARD}">{shown}{to_the_left(facts(rows))}</div>')
+    words = (
+        f'<div style="flex: 1; min-width: 300px">{to_the_left(facts(rows))}</div>'  # beside it, however long they are
+    )
+    return bundle(repr(gaussians), f'<div style="{CARD}">{shown}{words}</div>')
 
 
 def thumbnail(gaussians: Gaussians, size: int = THUMBNAIL, up: str | None = None) -> np.ndarray | None:

@@ -59,8 +59,9 @@ def bundled() -> Path:
 
 
 def installed() -> list[str]:
-    """Where pip puts the data of packages: for this environment, and for this user."""
-    return [sysconfig.get_path("data"), sysconfig.get_path("data", f"{os.name}_user")]
+    """Where pip puts the data of packages: for this environment, for this user, and beside the package by --target."""
+    beside = str(Path(__file__).parent.parent)
+    return [sysconfig.get_path("data"), sysconfig.get_path("data", f"{os.name}_user"), beside]
 
 
 def bring(place: Path, folder: Path) -> Iterator[str]:

@@ -73,6 +73,13 @@ def test_an_installed_package_has_them_in_its_data(place, tmp_path, monkeypatch)
     assert lab.bundled() == tmp_path / "env" / "share" / "splatedit"
 
 
+def test_they_are_found_beside_a_package_that_pip_was_given_a_target_for(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(lab, "__file__", str(tmp_path / "target" / "splatedit" / "lab.py"))
+    (tmp_path / "target" / "share").mkdir(parents=True)
+    place.rename(tmp_path / "target" / "share" / "splatedit")
+    assert lab.bundled() == tmp_path / "target" / "share" / "splatedit"
+
+
 def test_the_kernel_is_this_python():
     with lab.kernels() as data:
         (spec,) = data.glob("kernels/*/kernel.json")

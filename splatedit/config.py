@@ -234,7 +234,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
     from omegaconf import OmegaConf
 
-    from splatedit.formats.limits import check_yaml
+    from splatedit.yaml_files import check_yaml
 
     try:
         check_yaml(path)

@@ -199,7 +199,7 @@ def settled(page):
 
     def stays():
         last.append(seen(page))
-        return abs(last[-1] - last[-2]).max() == 0
+        return len(last) > 3 and all(abs(last[-1] - past).max() == 0 for past in last[-4:-1])
 
     until(page, stays, "a still picture")
     return last[-1]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from splatedit.cameras import Bounds, bounds
 from splatedit.gaussians import SH_C0, Gaussians
-from splatedit.viewer import display, encoding, frame_display, pace, splat_display
+from splatedit.viewer import display, encoding, frame_display, pace, splat_display, wire
 from splatedit.viewer.encoding import Place, encode, place, sample
 from splatedit.viewer.frame_display import Eye, Plan, Scene, Speed, cameras_of, plan
 from splatedit.viewer.stage import Stage, opened
@@ -70,7 +70,7 @@ def test_what_cannot_be_drawn_is_left_out_and_counted(cloud):
     assert (found.n, found.undrawable) == (296, 4)
     kept = torch.ones(300, dtype=torch.bool)
     kept[[3, 5, 7, 9]] = False
-    np.testing.assert_allclose(found.centers / encoding.RADIUS, cloud.means[kept].numpy(), atol=1e-5)
+    np.testing.assert_allclose(found.centers / wire.RADIUS, cloud.means[kept].numpy(), atol=1e-5)
 
 
 def test_no_gaussians_are_no_splats(cloud):
@@ -210,14 +210,14 @@ def test_what_is_sent_is_bounded_and_the_newest():
 
 def test_small_scenes_are_sent_a_few_times_a_second_and_less_often_beside_an_edit():
     server, clock, stage, writer = on_stage(n=10)
-    for _ in range(100):
-        stage.change(current=coloured(stage.shown, 1))
+    for number in range(100):
+        stage.change(current=coloured(stage.shown, number))
         writer.serve()
         clock.now += 0.01
     assert 4 <= len([entry for entry in server.log if entry[0] in ("add", "set")]) <= 5
     writer.busy = lambda: True
     clock.now += 10
-    stage.change(current=coloured(stage.shown, 2))
+    stage.change(current=coloured(stage.shown, 200))
     slow = encoding.encode
 
     def encode(*arguments):

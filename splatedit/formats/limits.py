@@ -17,8 +17,6 @@ from splatedit.errors import InputError
 
 RATIO = 200  # unpacked bytes per packed one; splats pack 2 to 10 times, a bomb 1000 times and more
 FREE = 1 << 20  # bytes anything may unpack to, however small it is: a few thousand equal Gaussians pack very well
-LARGEST_YAML = 1 << 20  # bytes
-DEEPEST_YAML = 10  # lists and mappings within each other
 MEMBERS = 1000  # files in a zip; a .sog has about ten
 
 
@@ -180,24 +178,3 @@ def parse_json(path: Path, data: bytes | str, what: str = "") -> Any:
         raise InputError(f"{where} is nested too deep for JSON that describes a scene; export it again.") from error
     except ValueError as error:
         raise InputError(f"{where} not valid JSON ({' '.join(str(error).split())}); export it again.") from error
-
-
-def check_yaml(path: Path) -> None:
-    """Raise InputError for a yaml file that is no list of settings, before anything is built of it.
-
-    Of a few lines, aliases make structures of any size, and brackets such of any depth; settings need neither.
-    """
-    import yaml
-
-    if path.stat().st_size > LARGEST_YAML:
-        raise InputError(f"{path}: {path.stat().st_size} bytes, expected at most {LARGEST_YAML} of settings.")
-    depth = 0
-    try:
-        for event in yaml.parse(path.read_text(encoding="utf-8"), yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST_YAML or isinstance(event, yaml.AliasEvent):
-                found = "an alias" if depth <= DEEPEST_YAML else f"more than {DEEPEST_YAML} levels"
-                line = event.start_mark.line + 1
-                raise InputError(f"{path}: line {line}: found {found}, expected lines like `key: value`.")
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return  # the reader says it better

@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from splatedit.config import Config
 from splatedit.errors import InputError
 from splatedit.viewer import display, framing
@@ -58,7 +60,7 @@ class App:
         self.unseen: deque[tuple[str, str, Literal["red", "green", "blue"]]] = deque(maxlen=20)
         self.closed = threading.Event()
         self.served = served or serve(host, port, origins=origins)
-        self.server, self.token = self.served
+        self.server, self.token, _ = self.served
         self.quick, self.slow = Worker("actions"), Worker("background")
         self.aim(shown)
         self.stage.listeners.append(self.turn)
@@ -137,11 +139,23 @@ class App:
     def welcome(self, client: viser.ClientHandle) -> None:
         """A browser has come, or come back."""
         self.count()
-        if client.camera.aspect < 1:  # the server's first camera is for windows that are wider than high
-            framing.move(client, *frame(self.stage.shown))
+        self.fit(client)
+        fit = self.act(lambda _: self.fit(client), newest=True)
+
+        async def moved(camera: viser.CameraHandle) -> None:
+            if camera.aspect < 1:
+                fit(camera)
+
+        client.camera.on_update(moved)  # the panel takes its part of the window a moment later
         while self.unseen:
             title, body, color = self.unseen.popleft()
             self.notify(title, body, color=color, stay=True)
+
+    def fit(self, client: viser.ClientHandle) -> None:
+        """Look from farther away in a window that is higher than wide, unless somebody has moved the camera."""
+        first = framing.place(*frame(self.stage.shown))
+        if client.camera.aspect < 1 and np.allclose(client.camera.position, first.position, rtol=1e-4):
+            framing.move(client, *frame(self.stage.shown))
 
     def count(self) -> None:
         self.stage.clients = len(self.server.get_clients())

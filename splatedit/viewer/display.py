@@ -13,6 +13,7 @@ from PIL import Image
 from splatedit.gaussians import Gaussians
 from splatedit.viewer.looks import LOOKS
 from splatedit.viewer.stage import Shown
+from splatedit.viewer.wire import SPLATS
 
 if TYPE_CHECKING:
     import viser
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from splatedit.viewer.app import App
 
 DISPLAYS = ("auto", "splats", "frames")
-SPLATS = 200_000  # that a browser is sent, 6.4 MB at 32 bytes each; more of them are drawn here
 PAIRS = {"split": ("before", "after")}  # looks of two pictures, left and right: only frames can show them
 SEEN = ("source", "current", "rows", "pull", "selection", "marked")  # what the looks are made of
 NEEDED = {"before": ("source", "selection", "marked")}  # of which looks ask for less
@@ -100,7 +100,7 @@ class Displays:
         from splatedit.viewer.splat_display import SplatDisplay
 
         pictures = Pictures()
-        self.splats = SplatDisplay(app.server, app.stage, pictures, busy(app), say)
+        self.splats = SplatDisplay(app.server, app.stage, pictures, busy(app), say, first=app.served.first)
         self.frames = FrameDisplay(app.server, app.stage, pictures, busy(app), say)
         self.loops = [Loop("splats", self.splats.serve, failed(app)), Loop("frames", self.frames.serve, failed(app))]
         self.app, self.background = app, None

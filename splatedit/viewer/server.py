@@ -27,6 +27,7 @@ from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
 from splatedit.errors import ExposedWarning, InputError
+from splatedit.viewer.wire import First
 
 PATCHING = threading.Lock()
 PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
@@ -38,10 +39,11 @@ CONNECTIONS.setLevel(logging.CRITICAL)
 
 
 class Served(NamedTuple):
-    """A running server and the secret that its addresses begin with."""
+    """A running server, the secret that its addresses begin with, and what it shows before there is an app."""
 
     server: viser.ViserServer
     token: str
+    first: First | None = None
 
     @property
     def url(self) -> str:
@@ -74,6 +76,7 @@ def serve(host: str = "127.0.0.1", port: int = 0, *, origins: Sequence[str] = ()
         server.stop()
         raise RuntimeError(f"viser {viser.__version__} opens its port in a way that cannot be guarded; nothing runs.")
     forbid_sharing(server)
+    server.gui.main_panel.dock_right()  # beside the scene; as it floats otherwise, it covers up to half of it
     for stop in (server.stop, server._websock_server.stop):  # when the program ends: that takes seconds, and is no use
         atexit.unregister(stop)
     return Served(server, token)

@@ -40,22 +40,31 @@ def show(
     from splatedit.viewer import first_look
     from splatedit.viewer.server import serve
 
-    def told() -> None:
-        tell(served.url)
+    def told(url: str) -> None:
+        tell(url)
         if may_open() if open_browser is None else open_browser:
-            visit(served.url)
+            visit(url)
 
-    with leaving():
+    def begin() -> App:
         served = serve(host, port)
         seen = None if other is not None else first_look.glance(scene, up)
         if seen is not None:
-            first_look.show(served.server, seen)
-            told()
+            served = first_look.show(served, seen)
+            told(served.url)
         from splatedit.viewer import view
 
-        with view(scene, other, up=up, served=served) as app:
-            if seen is None:
-                told()
+        app = view(scene, other, up=up, served=served)
+        if seen is None:
+            told(served.url)
+        return app
+
+    with leaving():
+        try:
+            app = begin()
+        except KeyboardInterrupt:
+            stderr().print("Interrupted before the scene was open.")
+            raise SystemExit(INTERRUPTED) from None
+        with app:
             stderr().print("Ctrl-C ends.")
             linger(app)
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from splatedit.gaussians import Gaussians
 from splatedit.viewer import display
-from splatedit.viewer.encoding import BYTES, Encoded, Place, encode, place
+from splatedit.viewer.encoding import Encoded, encode, place
 from splatedit.viewer.pace import CLOCK, Clock, Pace
 from splatedit.viewer.stage import Shown, Stage
+from splatedit.viewer.wire import BYTES, First, Place, path_of, same
 
 if TYPE_CHECKING:
     import viser
@@ -24,7 +25,7 @@ LINGER = 20.0  # seconds that a node stays hidden before it is dropped: hidden s
 class Node:
     """Splats in the browser's scene."""
 
-    def __init__(self, handle: Any, picture: Gaussians, at: Place, encoded: Encoded, visible: bool):
+    def __init__(self, handle: Any, picture: Gaussians | None, at: Place, encoded: Encoded, visible: bool):
         self.handle, self.picture, self.at, self.encoded, self.visible = handle, picture, at, encoded, visible
         self.updated = False  # since it was made: who joins then gets the splats twice, as made and as updated
         self.used = 0.0  # when it was last looked at
@@ -46,6 +47,7 @@ class SplatDisplay:
         say: Callable[[display.Told], None] = lambda told: None,
         clock: Clock = CLOCK,
         rate: float = RATE,
+        first: First | None = None,
     ):
         self.server, self.stage, self.pictures = server, stage, pictures
         self.busy, self.say, self.clock = busy, say, clock
@@ -53,6 +55,10 @@ class SplatDisplay:
         self.nodes: dict[str, Node] = {}
         self.newest: Gaussians | None = None
         self.changed = -SETTLED  # when the newest picture was first seen; the first one counts as settled
+        self.given = (stage.shown.extent, first.at) if first is not None else None
+        if first is not None:  # sent already; of what picture is found out when there is one
+            encoded = Encoded(*first.splats, 0, 0, 1.0)
+            self.nodes["after"] = Node(first.handle, None, first.at, encoded, visible=True)
 
     def serve(self) -> float | None:
         """Do what is due; returns the seconds until something else is, None: nothing until the stage changes."""
@@ -65,7 +71,7 @@ class SplatDisplay:
             first = self.newest is None
             self.newest, self.changed = picture, now - SETTLED * first
         name = self.name(shown, picture)
-        node, at = self.nodes.get(name), place(shown.extent)
+        node, at = self.nodes.get(name), self.place(shown)
         if node is None or node.picture is not picture or node.at != at:
             if wait := self.held(name, now):
                 return wait
@@ -75,6 +81,12 @@ class SplatDisplay:
             node.used = now
             self.say(display.Told("splats", picture.n, *node.encoded[-3:]))
         return self.tidy(self.clock())
+
+    def place(self, shown: Shown) -> Place:
+        """Where the nodes of this scene stand: the first one where it was found to stand before there was a display."""
+        if self.given is not None and self.given[0] is shown.extent:
+            return self.given[1]
+        return place(shown.extent)
 
     def name(self, shown: Shown, picture: Gaussians) -> str:
         """The node for a picture: one that holds it already, or that of its look."""
@@ -87,44 +99,45 @@ class SplatDisplay:
         """Seconds that sending has to wait; 0: it may be done."""
         if self.server.get_clients():
             return max(self.pace.ready - now, 0.0)
-        if name in self.nodes:  # else who comes would be sent what is old, and then what is new
+        wait = max(self.changed + SETTLED - now, 0.0)
+        if wait and name in self.nodes:  # else who comes would be sent what is old, and then what is new
             self.nodes.pop(name).handle.remove()
-        return max(self.changed + SETTLED - now, 0.0)
+        return wait
 
     def send(self, name: str, picture: Gaussians, at: Place) -> None:
-        """Make the node hold this picture, in place if it can, and show it; without splats there is no node."""
+        """Make the node hold this picture, in place if it can, and show it; without splats there is no node.
+
+        What the browsers have already is not sent.
+        """
         begun = self.clock()
         encoded = encode(picture, at, display.SPLATS)
         old = self.nodes.get(name)
+        if old and old.at == at and same(old.encoded.splats, encoded.splats):
+            old.picture, old.encoded = picture, encoded
+            self.spent(0, begun)
+            return
         with self.server.atomic():
             if encoded.n == 0:
                 if old:
                     self.nodes.pop(name).handle.remove()
             elif old and old.at == at:
-                old.handle.set_gaussians(encoded.centers, encoded.covariances, encoded.rgbs, encoded.opacities)
+                old.handle.set_gaussians(*encoded.splats)
                 old.picture, old.encoded, old.updated = picture, encoded, True
             else:
                 self.make(name, picture, at, encoded)
             self.reveal(name)
-        self.spent(encoded, begun)
+        self.spent(encoded.n, begun)
 
-    def make(self, name: str, picture: Gaussians, at: Place, encoded: Encoded) -> None:
+    def make(self, name: str, picture: Gaussians | None, at: Place, encoded: Encoded) -> None:
         """Add the node, or put another in its place."""
-        handle = self.server.scene.add_gaussian_splats(
-            f"/splats/{name}",
-            centers=encoded.centers,
-            covariances=encoded.covariances,
-            rgbs=encoded.rgbs,
-            opacities=encoded.opacities,
-            scale=at.scale,
-            position=at.position,
-        )
+        add = self.server.scene.add_gaussian_splats
+        handle = add(path_of(name), **encoded.splats._asdict(), scale=at.scale, position=at.position)
         self.nodes[name] = Node(handle, picture, at, encoded, visible=True)
 
-    def spent(self, encoded: Encoded, begun: float) -> None:
-        """Note what an update has cost."""
+    def spent(self, splats: int, begun: float) -> None:
+        """Note what an update that sent so many has cost."""
         now = self.clock()
-        sent = encoded.n * BYTES * len(self.server.get_clients())
+        sent = splats * BYTES * len(self.server.get_clients())
         self.pace.spend(begun, now, sent, rest=REST * (now - begun) if self.busy() else 0.0)
 
     def reveal(self, name: str | None) -> None:
@@ -147,5 +160,5 @@ class SplatDisplay:
                 due.append(max(self.changed + SETTLED, self.pace.ready))
                 if due[-1] <= now:
                     self.make(name, node.picture, node.at, node.encoded)
-                    self.spent(node.encoded, now)
+                    self.spent(node.encoded.n, now)
         return max(min(due) - now, 0.05) if due else None

@@ -91,12 +91,23 @@ configs = st.fixed_dictionaries({}, optional=VALUES).map(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(configs)
 @example(Config("cat.ply", "a pig", preset="fast", solver="grad", fpr_iters=3, vram=8, rows_at_once=None, seed=1))
 @example(Config("-cat.ply", "--help", source_prompt="-x", offline=True, viewer=True, lr_means=1e-5))
 @example(Config("it's.ply", 'a "pig" $HOME `ls`\n=', source_prompt="null", guidance_scale=0.0))
 def test_the_command_gives_the_same_settings_when_it_is_pasted(config):
+    pasted_is_the_same(config)
+
+
+@pytest.mark.slow
+@settings(max_examples=400, deadline=None)
+@given(configs)
+def test_the_command_gives_the_same_settings_whatever_they_are(config):
+    pasted_is_the_same(config)
+
+
+def pasted_is_the_same(config):
     check(config)
     program, name, *given_words = shlex.split(shlex.join(as_command(config)))
     parsed = []

@@ -54,7 +54,9 @@ class Plane(NamedTuple):
 
     def sample(self, weights: tuple[float, ...], count: int, generator: torch.Generator) -> Tensor:
         """`count` points (count, 2) of one of the distributions."""
-        chosen = torch.multinomial(torch.tensor(weights, dtype=torch.float32), count, replacement=True, generator=generator)
+        chosen = torch.multinomial(
+            torch.tensor(weights, dtype=torch.float32), count, replacement=True, generator=generator
+        )
         noise = torch.randn(count, 2, generator=generator, dtype=self.denoiser.means.dtype)
         return self.denoiser.means[chosen] + math.sqrt(self.denoiser.floor) * noise
 

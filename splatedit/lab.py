@@ -59,9 +59,9 @@ def bundled() -> Path:
 
 
 def installed() -> list[str]:
-    """Where pip puts the data of packages: for this environment, for this user, and beside the package by --target."""
-    beside = str(Path(__file__).parent.parent)
-    return [sysconfig.get_path("data"), sysconfig.get_path("data", f"{os.name}_user"), beside]
+    """Where pip puts the data of packages: beside this one by --target, for this environment, and for this user."""
+    beside = str(Path(__file__).parent.parent)  # first: the environment may hold another version
+    return [beside, sysconfig.get_path("data"), sysconfig.get_path("data", f"{os.name}_user")]
 
 
 def bring(place: Path, folder: Path) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -77,6 +78,8 @@ def test_they_are_found_beside_a_package_that_pip_was_given_a_target_for(place, 
     monkeypatch.setattr(lab, "__file__", str(tmp_path / "target" / "splatedit" / "lab.py"))
     (tmp_path / "target" / "share").mkdir(parents=True)
     place.rename(tmp_path / "target" / "share" / "splatedit")
+    shutil.copytree(tmp_path / "target" / "share", tmp_path / "env" / "share")  # that of another version
+    monkeypatch.setattr(lab.sysconfig, "get_path", lambda *_: str(tmp_path / "env"))
     assert lab.bundled() == tmp_path / "target" / "share" / "splatedit"
 
 
@@ -243,7 +246,6 @@ def watched(page) -> np.ndarray:
 
 
 @pytest.mark.browser
-@pytest.mark.slow
 def test_an_edit_is_watched_in_a_cell(notebook, opened):
     page = opened(notebook)
     run(page, "all-cells")
@@ -270,7 +272,6 @@ def test_an_edit_is_watched_in_a_cell(notebook, opened):
 
 
 @pytest.mark.browser
-@pytest.mark.slow
 def test_notebook_01_in_the_lab(opened, tmp_path):
     """The first notebook, as `splatedit lab` brings it: its viewer changes while the cells below it run."""
     nbformat = pytest.importorskip("nbformat")

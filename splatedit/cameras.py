@@ -13,7 +13,7 @@ from torch import Tensor
 
 from splatedit import extents
 from splatedit.errors import InputError
-from splatedit.extents import DEFAULT_UP, UPS
+from splatedit.extents import DEFAULT_UP, UPS, direction
 from splatedit.gaussians import Gaussians
 
 
@@ -220,8 +220,7 @@ def _rig(gaussians: Gaussians, angles: list[tuple[float, float]], size, fov: flo
 
 def _frame(up: str) -> tuple[Tensor, Tensor, Tensor]:
     """Right, up and forward (3,) float64 of the camera at azimuth 0 and elevation 0."""
-    above = torch.zeros(3, dtype=torch.float64)
-    above["xyz".index(up[1])] = 1.0 if up[0] == "+" else -1.0
+    above = torch.from_numpy(direction(up))
     right = torch.tensor([0.0, 1, 0] if up[1] == "x" else [1.0, 0, 0], dtype=torch.float64)
     return right, above, torch.linalg.cross(above, right)
 

@@ -12,6 +12,13 @@ UPS = ("+x", "-x", "+y", "-y", "+z", "-z")
 DEFAULT_UP = "-y"  # COLMAP's first camera stands upright in most captures, and its y axis points down
 
 
+def direction(up: str) -> np.ndarray:
+    """(3,) the direction that one of cameras.UPS names."""
+    above = np.zeros(3)
+    above["xyz".index(up[1])] = 1.0 if up[0] == "+" else -1.0
+    return above
+
+
 def weigh(scales: np.ndarray, opacities: np.ndarray) -> np.ndarray:
     """How much each Gaussian can be seen (m,): opacity times the area of its largest section.
 

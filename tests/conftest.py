@@ -43,6 +43,13 @@ def browser():
 
 
 @pytest.fixture
+def few_frames(monkeypatch):
+    """A run draws two pairs of pictures and a film of four frames."""
+    monkeypatch.setattr("splatedit.work.FRAMES", 4)
+    monkeypatch.setattr("splatedit.work.VIEWS", 2)
+
+
+@pytest.fixture
 def one_thread():
     """Small tensors: handing work between threads costs more than it saves."""
     before = torch.get_num_threads()

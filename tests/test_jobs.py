@@ -301,12 +301,6 @@ def asked(scene_file, tiny_model, tmp_path):
     return {"model": str(tiny_model), "output_dir": str(tmp_path / "out"), "steps": 3, "cameras": "dome:3"}
 
 
-@pytest.fixture
-def few_frames(monkeypatch):
-    monkeypatch.setattr("splatedit.work.FRAMES", 2)
-    monkeypatch.setattr("splatedit.work.VIEWS", 2)
-
-
 def same(a, b):
     return all(torch.equal(p, b.parameters[k]) for k, p in a.parameters.items())
 

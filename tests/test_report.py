@@ -255,12 +255,6 @@ def masked_run(scene_file, tiny_model, tmp_path, *words):
     return run(load_config(options=options, words=[*fast, *words]))
 
 
-@pytest.fixture
-def few_frames(monkeypatch):
-    monkeypatch.setattr("splatedit.work.FRAMES", 3)
-    monkeypatch.setattr("splatedit.work.VIEWS", 2)
-
-
 def close(cell, value):
     """Whether a cell shows a number of metrics.json, to the digits that it has."""
     if value is None or isinstance(value, bool):

@@ -34,12 +34,6 @@ def config(scene_file, tiny_model, tmp_path):
     return load_config(options=options, words=["source_prompt=a cat", "steps=3", "cameras=dome:3", "device=cpu"])
 
 
-@pytest.fixture
-def few_frames(monkeypatch):
-    monkeypatch.setattr("splatedit.work.FRAMES", 4)
-    monkeypatch.setattr("splatedit.work.VIEWS", 2)
-
-
 def shout():
     """A console that keeps what it is told, on one long line each."""
     return Console(file=io.StringIO(), width=500, highlight=False)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from splatedit.extents import direction
+
 if TYPE_CHECKING:
     import viser
 
@@ -59,10 +61,3 @@ def move(client: viser.ClientHandle, centre: np.ndarray, radius: float, up: str)
 def planes(radius: float) -> tuple[float, float]:
     """How near and how far a browser sees, in world units, the picture behind the scene too."""
     return min(NEAR * radius, BEHIND / 2), max(FAR * radius, 2 * BEHIND)
-
-
-def direction(up: str) -> np.ndarray:
-    """(3,) the direction that one of cameras.UPS names."""
-    above = np.zeros(3)
-    above["xyz".index(up[1])] = 1.0 if up[0] == "+" else -1.0
-    return above

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from splatedit.errors import InputError
-from splatedit.viewer.framing import direction
+from splatedit.extents import direction
 
 if TYPE_CHECKING:
     import viser

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from splatedit.errors import InputError
+from splatedit.extents import direction
 from splatedit.viewer import films, framing, paths
 from splatedit.viewer.places import folder_of, made, stem, unused, whenever
 
@@ -303,7 +304,7 @@ class Keyframes:
         """Move the browser's camera along, once, or until it is stopped if the film is a loop."""
         from viser import Icon
 
-        above, server = framing.direction(self.app.stage.shown.up), self.app.server
+        above, server = direction(self.app.stage.shown.up), self.app.server
         try:
             going = True
             while going:

@@ -305,6 +305,9 @@ def test_the_next_edit_begins_with_what_this_one_wrote_however_busy_the_viewer_i
     app.follow(job := FakeJob(ball(), Config(scene="old.ply", prompt="a pig", source_prompt="a cat")))
     job.take(ball(seed=4))
     until(lambda: app.stage.shown.current.means is job.last.gaussians.means)
+    told = threading.Event()
+    app.act(lambda _: told.set())(None)  # behind the step, which the viewer may not be through with
+    assert told.wait(10)
     job.written, job.done = ball(seed=5), 3
     job.state = "done"
     with pytest.raises(InputError, match="under way"):

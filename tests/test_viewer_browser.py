@@ -74,6 +74,7 @@ def test_the_scene_fills_the_window_and_a_reload_keeps_what_is_shown(app, page, 
 
 
 def test_two_browsers_see_the_same_and_an_error_reaches_the_one_who_asked(app, page, browser, cloud):
+    until(page, lambda: app.stage.clients == 1, "the first has come, so the second is the newest")
     other = open_page(browser, app.url, 400, 640)  # higher than wide: seen from farther away
     until(page, lambda: app.stage.clients == 2, "both are there")
     app.stage.change(current=painted(cloud, BLUE))

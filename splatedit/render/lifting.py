@@ -20,6 +20,7 @@ from splatedit.gaussians import Gaussians
 from splatedit.render import backends, checks, twin
 from splatedit.render.backends import rasterization
 from splatedit.render.constants import ALPHA_MAX, TILE
+from splatedit.render.pictures import seen_by
 
 MEMORY = 2**28  # bytes of intermediate results that decide how many cameras are drawn at once
 CHANNELS = 32  # channels drawn at once
@@ -66,7 +67,7 @@ def lift(
     """
     expected = (cameras.n, "k", cameras.height, cameras.width)
     _check_maps(maps, expected, ", the size of the cameras; Cameras.resized makes cameras of another size")
-    return Lifted(*backprojection(**_scene(gaussians, cameras, antialiased), maps=maps, backend=backend))
+    return Lifted(*backprojection(**seen_by(gaussians, cameras, antialiased=antialiased), maps=maps, backend=backend))
 
 
 def pick(gaussians: Gaussians, cameras: Cameras, *, antialiased: bool = True, backend: str = "auto") -> Picked:
@@ -342,22 +343,8 @@ CONTRIBUTIONS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
 # ---------------------------------------------------------------- arguments
 
 
-def _scene(gaussians: Gaussians, cameras: Cameras, antialiased: bool) -> dict[str, Any]:
-    """Arguments of `rasterization`, as `render` gives them."""
-    means = gaussians.means
-    return {
-        "means": means,
-        "quats": gaussians.quats,
-        "scales": gaussians.scales.exp(),
-        "opacities": gaussians.opacities.sigmoid(),
-        "viewmats": cameras.w2c.to(means),
-        "Ks": cameras.K.to(means),
-        "rasterize_mode": "antialiased" if antialiased else "classic",
-    }
-
-
 def _picture(gaussians: Gaussians, cameras: Cameras, antialiased: bool) -> dict[str, Any]:
-    return {**_scene(gaussians, cameras, antialiased), "width": cameras.width, "height": cameras.height}
+    return {**seen_by(gaussians, cameras, antialiased=antialiased), "width": cameras.width, "height": cameras.height}
 
 
 def _constant(tensor: Tensor) -> Tensor:

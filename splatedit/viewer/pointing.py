@@ -18,6 +18,7 @@ from splatedit.cameras import Cameras
 from splatedit.errors import InputError
 from splatedit.gaussians import Gaussians
 from splatedit.render import rasterization
+from splatedit.render.pictures import seen_by
 from splatedit.render.twin import rotation
 
 SEEN = 0.05  # transmittance from which on a splat counts as seen
@@ -74,23 +75,22 @@ def look(gaussians: Gaussians, camera: Cameras) -> Sight:
     centres, light, depth = torch.full((n, 2), math.nan), torch.zeros(n), torch.full((n,), math.nan)
     if not sound.any():
         return Sight(centres, light, depth)
-    means, quats, scales, opacities = (
-        p.detach()[sound] for p in (gaussians.means, gaussians.quats, gaussians.scales.exp(), gaussians.opacities)
+    with torch.no_grad():
+        seen = seen_by(gaussians.select(sound), camera, antialiased=False)
+    colors = seen["means"].new_zeros(len(seen["means"]), 1, requires_grad=True)
+    picture, alphas, meta = rasterization(
+        **seen, colors=colors, width=camera.width, height=camera.height, render_mode="RGB+ED"
     )
-    colors = means.new_zeros(len(means), 1, requires_grad=True)
-    shapes, opacities = (means, quats, scales), opacities.sigmoid()
-    views = (camera.w2c, camera.K, camera.width, camera.height)
-    picture, alphas, meta = rasterization(*shapes, opacities, colors, *views, render_mode="RGB+ED")
     (came,) = torch.autograd.grad(picture[..., 0].sum(), colors)
     xx, xy, yy = meta["conics"][0].detach().unbind(-1)
-    whole = 2 * math.pi * (opacities - CUT).clamp(min=0) / (xx * yy - xy * xy).clamp(min=1e-12).sqrt()
+    whole = 2 * math.pi * (seen["opacities"] - CUT).clamp(min=0) / (xx * yy - xy * xy).clamp(min=1e-12).sqrt()
     drawn = (meta["radii"][0] > 0).all(-1) & (whole > 0)
     light[sound] = torch.where(drawn, came[:, 0] / whole, 0.0)
     at = meta["means2d"][0].detach()
     centres[sound] = torch.where(drawn[:, None], at, math.nan)
     x, y = (at[:, i].nan_to_num(0).long().clamp(0, size - 1) for i, size in enumerate((camera.width, camera.height)))
     ahead = camera.w2c[0, 2, :3]
-    thick = ((rotation(quats) * scales[:, None, :]).mT @ ahead).norm(dim=1)
+    thick = ((rotation(seen["quats"]) * seen["scales"][:, None, :]).mT @ ahead).norm(dim=1)
     behind = (meta["depths"][0] - picture[0, y, x, 1]).detach() / thick
     depth[sound] = torch.where(drawn & (alphas[0, y, x, 0] >= SOLID), behind, math.nan)
     return Sight(centres, light, depth)

@@ -68,6 +68,16 @@ def check_target(path: Path) -> tuple[Format, Callable[[Gaussians, IO[bytes], Pa
     return form, form.write
 
 
+def made(folder: Path, setting: str = "") -> Path:
+    """The folder, made if it is not there; raises InputError, which begins with the `setting` that chose it, if any."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        where = f"{setting}: {folder}" if setting else folder
+        raise InputError(f"{where}: cannot be made ({error.strerror or error}); choose another place.") from None
+    return folder
+
+
 @contextmanager
 def atomic(path: str | Path) -> Iterator[IO[bytes]]:
     """A binary stream that becomes `path` only when the block ends without an error; raises InputError if it cannot."""

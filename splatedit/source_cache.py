@@ -21,7 +21,7 @@ from torch import Tensor
 from splatedit import __version__
 from splatedit.diffusion import Denoise, Draw, Text, scales, step_range, with_noise
 from splatedit.errors import InputError
-from splatedit.files import atomic
+from splatedit.files import atomic, made
 from splatedit.fpr import fpr, rows_per_sample
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class SourceCache:
         self.fill, self.z, self.alphas_cumprod = fill, z_source, alphas_cumprod
         self.low, self.high = step_range(alphas_cumprod, t_range)
         self.strata, self.refresh, self.room = min(strata, self.high - self.low + 1), refresh, megabytes * 2**20
-        self.folder = None if folder is None else made(Path(folder))
+        self.folder = None if folder is None else made(Path(folder), "cache_dir")
         self.names = [digest(key, row, alphas_cumprod) for row in z_source]
         self.records: OrderedDict[str, Record] = OrderedDict()
         self.bytes = 0
@@ -178,15 +178,6 @@ class SourceCache:
         if self.folder is not None:
             with atomic(self.folder / f"{name}.pt") as stream:
                 torch.save(record._asdict(), stream)
-
-
-def made(folder: Path) -> Path:
-    """The folder, made if it is not there; raises InputError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cache_dir: {folder} cannot be made ({error.strerror or error}).") from None
-    return folder
 
 
 def digest(*parts: Any) -> str:

@@ -53,7 +53,7 @@ from splatedit import __version__, blending, deltas
 from splatedit.blending import Named
 from splatedit.deltas import Side, State
 from splatedit.errors import InputError, LossWarning
-from splatedit.files import atomic, load, sha256
+from splatedit.files import atomic, load, made, sha256
 from splatedit.formats.ply import write_ply
 from splatedit.gaussians import Gaussians
 from splatedit.records import (
@@ -521,10 +521,7 @@ def set_aside(folder: Path) -> None:
 @contextmanager
 def owned(folder: Path, file: Path) -> Iterator[None]:
     """Make and lock the history of a file; an empty one does not stay. Raises InputError."""
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror or error}).") from error
+    made(folder)
     try:
         with locked(folder):
             sweep(folder, file)

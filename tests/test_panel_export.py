@@ -126,7 +126,7 @@ def test_where_things_go(shown, tmp_path):
     assert places.unused(tmp_path / "film.mp4") == tmp_path / "film-3.mp4"
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be made"):
-        places.made(tmp_path / "file" / "folder")
+        files.made(tmp_path / "file" / "folder")
 
 
 # ------------------------------------------------------------------------------------------------------ in a browser

@@ -100,7 +100,9 @@ class App:
         return callback
 
     def guard(self, handler: Callable[[Any], None], event: Any) -> None:
-        """Call the handler; what it raises is shown to the one who asked."""
+        """Call the handler, while the viewer is open; what it raises is shown to the one who asked."""
+        if self.closed.is_set():
+            return
         try:
             handler(event)
         except InputError as error:

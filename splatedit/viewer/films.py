@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from splatedit.errors import InputError
-from splatedit.viewer.places import made
+from splatedit.files import made
 
 if TYPE_CHECKING:
     from splatedit.cameras import Cameras

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splatedit.config import Config
-from splatedit.errors import InputError
 from splatedit.folders import slug
 
 if TYPE_CHECKING:
@@ -32,15 +31,6 @@ def folder_of(shown: Shown, config: Config) -> Path:
 def stem(shown: Shown) -> str:
     """The name of the shown scene without its ending; "scene" if it has none."""
     return (shown.path.stem if shown.path is not None else "").removesuffix(".compressed") or "scene"
-
-
-def made(folder: Path) -> Path:
-    """The folder, made if it is not there; raises InputError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror or error}); choose another place.") from None
-    return folder
 
 
 def unused(path: Path) -> Path:

@@ -147,7 +147,7 @@ def as_settings(shown: Shown, alone: Mask | None, folder: Path) -> dict[str, Any
 def save(chosen: Tensor, folder: Path) -> Path:
     """Write a mask (m,) bool into a folder, made if need be; the same rows have the same name, others another."""
     from splatedit import mask_files
-    from splatedit.viewer.places import made
+    from splatedit.files import made
 
     digest = hashlib.sha256(len(chosen).to_bytes(8, "little") + chosen.numpy().tobytes()).hexdigest()
     path = made(folder) / f"mask-{digest[:10]}.json"

@@ -15,8 +15,9 @@ import numpy as np
 
 from splatedit.errors import InputError
 from splatedit.extents import direction
+from splatedit.files import made
 from splatedit.viewer import films, framing, paths
-from splatedit.viewer.places import folder_of, made, stem, unused, whenever
+from splatedit.viewer.places import folder_of, stem, unused, whenever
 
 if TYPE_CHECKING:
     import viser

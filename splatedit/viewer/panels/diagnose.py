@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from splatedit.errors import InputError
+from splatedit.files import made
 from splatedit.viewer import paths
-from splatedit.viewer.places import editing, folder_of, made, unused, whenever
+from splatedit.viewer.places import editing, folder_of, unused, whenever
 
 if TYPE_CHECKING:
     import torch

@@ -35,8 +35,9 @@ from splatedit.config import (
     written,
 )
 from splatedit.errors import InputError
+from splatedit.files import made
 from splatedit.jobs import Job, start_run
-from splatedit.viewer.places import editing, folder_of, made, unused
+from splatedit.viewer.places import editing, folder_of, unused
 from splatedit.viewer.resuming import unfinished
 
 if TYPE_CHECKING:

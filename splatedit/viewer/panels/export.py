@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from splatedit.errors import InputError, LossWarning
-from splatedit.viewer.places import editing, folder_of, made, stem, whenever
+from splatedit.files import made
+from splatedit.viewer.places import editing, folder_of, stem, whenever
 
 if TYPE_CHECKING:
     from splatedit.formats import Format

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from splatedit import diagnostics
-from splatedit.diagnose import SHOWN, look, with_error
+from splatedit.diagnose import SHOWN, look
 from splatedit.priors import load_prior
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +52,7 @@ def main() -> None:
         numbers = [name for name in values if name in table.columns]
         shown = Table(*by, *numbers, title=table.title)
         for row in diagnostics.averaged(table.rows, by, numbers):
-            shown.add_row(*(str(row[name]) for name in by), *(with_error(row, name) for name in numbers))
+            shown.add_row(*(str(row[name]) for name in by), *(diagnostics.with_error(row, name) for name in numbers))
         console.print(shown)
         if table.name in SHOWN_THERE:
             table.figure().savefig(args.output / f"diagnostics_{table.name}.png", dpi=80, metadata={"Software": None})

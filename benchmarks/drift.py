@@ -15,6 +15,7 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -43,7 +44,7 @@ def source_latents(prior, scene: str, views: int) -> torch.Tensor:
 
 def measure(denoise, z: torch.Tensor, draws: list[Draw], text, solver: str, iters: int, variant: str, lam: float):
     """Means over the draws, by step of the schedule: drift, rms, kurtosis, autocorrelation; and cost of one sample."""
-    options = {"sphere": "sphere" in variant, "keep_best": "best" in variant}
+    options: dict[str, Any] = {"sphere": "sphere" in variant, "keep_best": "best" in variant}
     rows, size = [], z.flatten(1).norm(dim=1)
     for draw in draws:
         found = fpr(denoise, z, draw, text, iters, lam, solver or "grad", **options)

@@ -54,7 +54,8 @@ def made(n: int, degree: int) -> Gaussians:
     """Random splats without a file behind them."""
     draw = torch.Generator().manual_seed(0)
     shapes = [(n, 3), (n, 4), (n, 3), (n,), (n, 1, 3), (n, SH_REST[degree], 3)]
-    return Gaussians(*(torch.randn(shape, generator=draw) for shape in shapes))
+    means, quats, scales, opacities, sh0, shN = (torch.randn(shape, generator=draw) for shape in shapes)
+    return Gaussians(means, quats, scales, opacities, sh0, shN)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -116,16 +117,14 @@ def writers(gaussians: Gaussians, content: np.ndarray) -> list[Contender]:
     def gsply(path: Path) -> None:
         import gsply
 
-        six = (numbers[name] for name in ("means", "scales", "quats", "opacities"))
-        gsply.plywrite(path, *six, numbers["sh0"][:, 0], numbers["shN"])
+        means, scales, quats, opacities = (numbers[name] for name in ("means", "scales", "quats", "opacities"))
+        gsply.plywrite(path, means, scales, quats, opacities, numbers["sh0"][:, 0], numbers["shN"])
 
     def gsplat(path: Path) -> None:
         from gsplat.exporter import export_splats
 
-        export_splats(
-            *(gaussians.parameters[k] for k in ("means", "scales", "quats", "opacities", "sh0", "shN")),
-            save_to=str(path),
-        )
+        g = gaussians
+        export_splats(g.means, g.scales, g.quats, g.opacities, g.sh0, g.shN, save_to=str(path))
 
     def plyfile(path: Path) -> None:
         """As INRIA's code does it: one wide array, then a tuple for each row."""

@@ -29,7 +29,8 @@ def made_up(count: int, degree: int) -> tuple[Gaussians, Gaussians]:
     rng = torch.Generator().manual_seed(0)
     shapes = {"means": (3,), "quats": (4,), "scales": (3,), "opacities": (), "sh0": (1, 3)}
     shapes["shN"] = ((degree + 1) ** 2 - 1, 3)
-    scene = Gaussians(**{name: torch.randn(count, *shape, generator=rng) for name, shape in shapes.items()})
+    means, quats, scales, opacities, sh0, shN = (torch.randn(count, *shape, generator=rng) for shape in shapes.values())
+    scene = Gaussians(means, quats, scales, opacities, sh0, shN)
     moved = {k: getattr(scene, k) + m * torch.randn(getattr(scene, k).shape, generator=rng) for k, m in MOVES.items()}
     return scene, scene._replace(**moved)
 

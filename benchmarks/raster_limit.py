@@ -24,6 +24,9 @@ avoid by keeping its memory, and everything Python and torch do are not in it, n
 100 % cannot be reached. The operations of each line are those of the formulas, with a fused multiply-add counted once.
 """
 
+# pyright: reportCallIssue=false
+# (numba gives an intrinsic its first argument itself)
+
 from __future__ import annotations
 
 import contextlib
@@ -225,8 +228,10 @@ def work_of(scene: dict[str, Any]) -> Work:
         seen = (meta["radii"][c] > 0).all(-1)
         order = torch.argsort(meta["depths"][c], stable=True)
         order = order[seen[order]].numpy()
-        arrays = (meta[k][c].double().numpy() for k in ("means2d", "conics", "opacities", "radii"))
-        counts += _count(order, *arrays, meta["width"], meta["height"], ALPHA_MAX)
+        means2d, conics, opacities, radii = (
+            meta[k][c].double().numpy() for k in ("means2d", "conics", "opacities", "radii")
+        )
+        counts += _count(order, means2d, conics, opacities, radii, meta["width"], meta["height"], ALPHA_MAX)
         visible += len(order)
     pixels = cameras * meta["width"] * meta["height"]
     degree = scene.get("sh_degree") or 0

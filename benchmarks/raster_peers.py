@@ -154,6 +154,7 @@ def gsplat_reference(scene: Scene) -> tuple[Tensor, Tensor]:
     )
     means, viewmats, width, height = (scene[k] for k in ("means", "viewmats", "width", "height"))
     covars, _ = reference._quat_scale_to_covar_preci(scene["quats"], scene["scales"], True, False)
+    assert covars is not None  # asked for
     radii, means2d, depths, conics, compensations = reference._fully_fused_projection(
         means, covars, viewmats, scene["Ks"], width, height, calc_compensations=True
     )

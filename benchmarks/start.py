@@ -63,14 +63,12 @@ def measure(folder: str, threads: int, times: int, warm: bool = False) -> list[t
         runs.append(json.loads(done.stdout))
     steps = [name for name, _ in runs[0]]
     columns = [[tuple(run[i][1]) for run in runs] for i in range(len(steps))]
-    return [
-        (name, *(statistics.median(c) for c in zip(*column, strict=True)))
-        for name, column in zip(steps, columns, strict=True)
-    ]
+    middles = [[statistics.median(c) for c in zip(*column, strict=True)] for column in columns]
+    return [(name, wall, cpu) for name, (wall, cpu) in zip(steps, middles, strict=True)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

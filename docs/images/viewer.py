@@ -37,7 +37,7 @@ def shoot(page: Page, name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=150)
     steps = parser.parse_args().steps
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as play:

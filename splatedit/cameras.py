@@ -78,13 +78,19 @@ def bounds(gaussians: Gaussians) -> Bounds:
 
 
 def visible(gaussians: Gaussians, most: int = 50_000) -> tuple[np.ndarray, np.ndarray]:
-    """Means (m, 3) and how much each can be seen (m,), `extents.weigh`, float64; of at most `most` drawn at random."""
+    """Means (m, 3) and how much each can be seen (m,), `extents.weigh`, float64; of at most `most` drawn at random.
+
+    Without those that are not finite; raises InputError if none is left.
+    """
     seen = [value.detach() for value in (gaussians.means, gaussians.scales, gaussians.opacities)]
     if gaussians.n > most:  # quantiles of a sample will do, and a million Gaussians take no longer than this
         rows = torch.randperm(gaussians.n, generator=torch.Generator().manual_seed(0))[:most]
         seen = [value[rows.to(value.device)] for value in seen]
     points, scales, opacities = (value.cpu().double().numpy() for value in seen)
-    return points, extents.weigh(scales, opacities)
+    sound = np.isfinite(points).all(1) & np.isfinite(scales).all(1) & np.isfinite(opacities)
+    if not sound.any():
+        raise InputError(f"scene: found {gaussians.n} splats, none of them with finite numbers; expected at least one.")
+    return points[sound], extents.weigh(scales[sound], opacities[sound])
 
 
 # ------------------------------------------------------------------------------------------------------------------ up

@@ -79,22 +79,17 @@ def as_png(picture: np.ndarray) -> Bundle:
 # ----------------------------------------------------------------------------------------------------------- Gaussians
 def gaussians_bundle(gaussians: Gaussians) -> Bundle:
     """A thumbnail beside count, degree, bounds and up axis."""
-    if gaussians.n == 0:
-        return bundle(repr(gaussians), f"<div>{escape(repr(gaussians))}</div>")
-    (centre, radius), (up, why) = bounds(gaussians), explain_up(gaussians)
-    rows: dict[str, Any] = {
-        "Gaussians": gaussians.n,
-        "SH degree": gaussians.sh_degree,
-        "centre": ", ".join(f"{v:.4g}" for v in centre.tolist()),
-        "radius": float(radius),
-        "up": f"{up} ({why})",
-    }
+    picture = thumbnail(gaussians)
+    rows: dict[str, Any] = {"Gaussians": gaussians.n, "SH degree": gaussians.sh_degree}
+    if picture is not None:
+        (centre, radius), (up, why) = bounds(gaussians), explain_up(gaussians)
+        rows["centre"] = ", ".join(f"{v:.4g}" for v in centre.tolist())
+        rows |= {"radius": float(radius), "up": f"{up} ({why})"}
     if gaussians.extra:
         rows["extra columns"] = ", ".join(gaussians.extra)
     if gaussians.comments:
         rows["comments"] = "; ".join(gaussians.comments)
-    picture = thumbnail(gaussians)
-    shown = image(picture, repr(gaussians)) if picture is not None else "none of them can be drawn"
+    shown = image(picture, repr(gaussians)) if picture is not None else "nothing in it can be drawn"
     words = (
         f'<div style="flex: 1; min-width: 300px">{to_the_left(facts(rows))}</div>'  # beside it, however long they are
     )
@@ -140,7 +135,8 @@ def frusta(cameras: Cameras, size: int = 240, azimuth: float = 25.0, elevation: 
     c2w = torch.linalg.inv(cameras.w2c.detach().cpu().double()).numpy()
     eyes, right, down, ahead = c2w[:, :3, 3], c2w[:, :3, 0], c2w[:, :3, 1], c2w[:, :3, 2]
     target = meeting_point(eyes, ahead)
-    spread = max(float(np.linalg.norm(eyes - target, axis=1).mean()), 1e-9)
+    spread = float(np.linalg.norm(eyes - target, axis=1).mean())
+    spread = spread if spread > 1e-9 else 1.0  # one camera alone, or all at one place
     deep = 0.22 * spread
     half = deep * np.array([cameras.width, cameras.height]) / 2 / cameras.K[:, [0, 1], [0, 1]].cpu().double().numpy()
     corners = [
@@ -385,7 +381,7 @@ class Animation(NamedTuple):
 
 
 def animate(
-    what: Gaussians | Iterable[Any],
+    what: Any,
     cameras: Cameras | None = None,
     *,
     frames: int = 24,
@@ -397,10 +393,14 @@ def animate(
 ) -> Animation:
     """A film: of Gaussians a turntable; of Steps, or of several Gaussians, how they change; of pictures, these.
 
-    Gaussians are drawn `size` pixels a side from `frames` places around them, or from `cameras`, one a frame; several
-    ones all from one place, or each from its own camera if there are as many. Pictures: see `compare`. most: bytes;
-    a film that needs more is given fewer colours, then fewer pixels. Raises InputError for what is none of this.
+    A path stands for what is in the file, a single Step for its splats. Gaussians are drawn `size` pixels a side from
+    `frames` places around them, or from `cameras`, one a frame; several ones all from one place, or each from its own
+    camera if there are as many. Pictures: see `compare`. most: bytes; a film that needs more is given fewer colours,
+    then fewer pixels. Raises InputError for what is none of this.
     """
+    what = getattr(what, "gaussians", what)
+    if isinstance(what, (str, Path)) or not isinstance(what, Iterable):
+        what = scene_or_pictures(what)
     if isinstance(what, Gaussians):
         if cameras is None:
             cameras = orbit(what, frames, azimuth=AZIMUTH, elevation=ELEVATION, size=size, up=up)

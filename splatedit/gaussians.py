@@ -51,7 +51,7 @@ class Gaussians(NamedTuple):
 
     def drawable(self) -> Tensor:
         """Which ones can be drawn, (n,) bool: no number is infinite or NaN, nor a scale once it is no logarithm."""
-        numbers = torch.cat([p.detach().reshape(self.n, -1) for p in self.parameters.values()], 1)
+        numbers = torch.cat([p.detach()[..., None].flatten(1) for p in self.parameters.values()], 1)
         return numbers.isfinite().all(1) & self.scales.detach().exp().isfinite().all(1)
 
     def __repr__(self) -> str:

@@ -39,7 +39,11 @@ def show_gaussians(gaussians: Gaussians, other: Gaussians | None = None, *, heig
     other: the scene it is compared with, shown first. height: of the viewer, in pixels. more: as of `viewer.view`.
     Shown again, it is the same viewer. Raises InputError outside of a notebook.
     """
+    from splatedit.gaussians import Gaussians
+
     check_there("splatedit.view(gaussians).url")
+    if not isinstance(other, Gaussians | None):
+        raise InputError(f"show: found {type(other).__name__}, expected Gaussians; splatedit.load reads a file.")
     seen = (gaussians.means,) if other is None else (gaussians.means, other.means)
     app = viewer_of(seen, gaussians, other, **more)
     put(still(app))
@@ -55,10 +59,16 @@ def show_job(job: Job, *, height: int = 480, **more: Any) -> None:
 
 
 def check_there(otherwise: str) -> None:
-    """Raise InputError where nothing is displayed."""
+    """Raise InputError where no picture is displayed."""
     ipython = sys.modules.get("IPython")  # somebody who sits in a notebook has imported it
-    if ipython is None or ipython.get_ipython() is None:
-        raise InputError(f"show: there is no notebook here; in a script, {otherwise} is the address of the viewer.")
+    if ipython is None or ipython.get_ipython() is None or in_terminal():
+        raise InputError(f"show: there is no notebook here; {otherwise} is the address of the viewer.")
+
+
+def in_terminal() -> bool:
+    """Whether this is IPython in a terminal, which shows but text, and cannot renew what it has shown."""
+    terminal = sys.modules.get("IPython.terminal.interactiveshell")
+    return terminal is not None and terminal.TerminalInteractiveShell.initialized()
 
 
 def put(data: dict[str, Any]) -> DisplayHandle:
@@ -176,14 +186,19 @@ def renew_at_the_end(job: Job, handle: DisplayHandle) -> None:
 # ------------------------------------------------------------------------------------------------------------- progress
 def display_job(job: Job) -> None:
     """What `job` shows as the last line of a cell: its picture, renewed when it has ended, and its progress."""
+    if in_terminal():
+        print(job)
+        return
     if find_spec("ipywidgets") is None or job.ended:
         handle = put(job._repr_mimebundle_())
         follow(job, lambda: handle.update(job._repr_mimebundle_(), raw=True))
         return
-    if job.source is not None:
-        from splatedit.displays import as_png
+    from splatedit.displays import as_png
 
-        renew_at_the_end(job, put(as_png(before_after(job.source, job.source, up_of(job)))))
+    first = {"text/plain": repr(job)}  # of a run that has not loaded its scene yet
+    if job.source is not None:
+        first = as_png(before_after(job.source, job.source, up_of(job)))
+    renew_at_the_end(job, put(first))
     put({**progress(job)._repr_mimebundle_(), "text/plain": "<progress of the edit>"})
 
 

@@ -44,11 +44,23 @@ def test_what_a_file_says_is_text_not_html(cloud):
 
 
 def test_gaussians_that_cannot_be_drawn_still_show(cloud):
-    none = cloud.select(slice(0, 0))
-    assert "Gaussians(0" in none._repr_mimebundle_()["text/html"]
-    some = cloud._replace(means=cloud.means.clone().index_fill_(0, torch.arange(40), torch.nan))
-    assert displays.thumbnail(some) is not None
-    assert displays.thumbnail(cloud._replace(means=torch.full_like(cloud.means, torch.nan))) is None
+    nowhere = cloud._replace(means=torch.full_like(cloud.means, torch.nan))
+    for count, none in (("0", cloud.select(slice(0, 0))), ("300", nowhere)):
+        shown = none._repr_mimebundle_()
+        assert shown["text/plain"].startswith(f"Gaussians({count},")
+        assert "nothing in it can be drawn" in shown["text/html"] and "<img" not in shown["text/html"]
+        for see in (splatedit.animate, lambda scene: splatedit.compare(scene, cloud)):
+            with pytest.raises(InputError, match=f"found {count} splats, none of them with finite numbers"):
+                see(none)
+
+
+@pytest.mark.parametrize("name", ["means", "scales", "opacities"])
+def test_a_few_gaussians_that_are_not_finite_move_nothing(cloud, name):
+    values = getattr(cloud, name).clone()
+    values[:40] = torch.nan
+    some = cloud._replace(**{name: values})
+    assert inside(some._repr_mimebundle_()["text/html"])
+    assert splatedit.cameras.bounds(some).radius == pytest.approx(splatedit.cameras.bounds(cloud).radius, rel=0.05)
 
 
 def test_a_huge_scene_is_thinned_and_covers_as_much(cloud):
@@ -75,6 +87,10 @@ def test_frusta_of_one_camera_and_of_parallel_ones():
         K = torch.tensor([[50.0, 0, 32], [0, 50, 32], [0, 0, 1]]).expand(len(poses), 3, 3)
         picture = displays.frusta(Cameras(poses, K, 64, 64))
         assert (picture < 200).any(2).mean() > 0.005
+
+
+def test_one_camera_fills_its_picture(cloud):
+    assert displays.frusta(orbit(cloud, 1)).shape[0] > 120, "else it is a dot in a corner"
 
 
 def test_lines_of_sight_meet_where_cameras_look(cloud):
@@ -214,9 +230,19 @@ def test_a_film_of_scenes_stays_in_place_or_follows_the_cameras(cloud):
         splatedit.animate([cloud] * 3, orbit(cloud, 2, size=32))
 
 
+def test_a_path_and_a_step_are_films_of_what_they_hold(cloud, scene_file):
+    for what in (scene_file, str(scene_file), type("Step", (tuple,), {"gaussians": cloud})((0, 1))):
+        assert splatedit.animate(what, frames=2, size=32).frames == 2
+
+
 @pytest.mark.parametrize(
     ("frames", "words"),
-    [([], "found nothing"), ([np.zeros((4, 4, 3)), np.zeros((4, 5, 3))], "differ in size"), ([3], "found int")],
+    [
+        ([], "found nothing"),
+        ([np.zeros((4, 4, 3)), np.zeros((4, 5, 3))], "differ in size"),
+        ([3], "found int"),
+        (3, "found int"),
+    ],
 )
 def test_what_is_no_film_is_said(frames, words):
     with pytest.raises(InputError, match=words):

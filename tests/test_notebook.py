@@ -175,6 +175,23 @@ def test_show_in_a_script_says_what_to_do(cloud, job, monkeypatch):
         job.show()
 
 
+def test_show_in_ipython_in_a_terminal_says_it_too(cloud, job, monkeypatch, capsys):
+    """There each renewed output would be one more line, a second: a job is its line alone."""
+    terminal = pytest.importorskip("IPython.terminal.interactiveshell").TerminalInteractiveShell
+    monkeypatch.setattr(terminal, "initialized", lambda: True)
+    monkeypatch.setattr("IPython.get_ipython", lambda: terminal)
+    monkeypatch.setattr(notebook, "put", lambda data: pytest.fail("something was displayed"))
+    with pytest.raises(InputError, match="no notebook here.*splatedit.view"):
+        cloud.show()
+    job._ipython_display_()
+    assert capsys.readouterr().out == f"{job}\n"
+
+
+def test_what_is_no_scene_cannot_be_shown_beside_one(cell, cloud):
+    with pytest.raises(InputError, match="found str, expected Gaussians; splatedit.load"):
+        cloud.show("pig.ply")
+
+
 def test_the_picture_of_an_edit_is_renewed_at_its_end(cell, job):
     job.show()
     assert cell.kinds() == [["image/png"], ["text/html"]] and cell.picture(0).size == (256, 256)
@@ -199,6 +216,17 @@ def test_a_job_in_a_cell_is_a_picture_and_a_widget(cell, job):
     job._ipython_display_()
     assert cell.kinds()[0] == ["image/png"] and "widget-view" in cell.kinds()[1][0]
     assert cell.outputs[1]["text/plain"].startswith("<"), "which the builder of notebooks drops"
+
+
+def test_a_run_that_has_not_loaded_its_scene_gets_its_picture_at_the_end(cell, job, cloud):
+    pytest.importorskip("ipywidgets")
+    job.source = None
+    job._ipython_display_()
+    assert cell.kinds()[0] == [] and cell.outputs[0]["text/plain"] == repr(job)
+    job.source = cloud
+    job.go()
+    ended(job)
+    assert cell.picture(0).width > 500, "before and after"
 
 
 def ended(job):

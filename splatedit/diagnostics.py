@@ -129,10 +129,10 @@ def headings(rows: Sequence[Row]) -> list[str]:
 
 
 def with_error(row: Row, name: str) -> str:
-    """A value to four digits, and its standard error if it has one."""
+    """A value to four digits, and its standard error if it has one that is more than rounding."""
     error = row.get(f"{name}_se", math.nan)
     value = show(row[name])
-    return value if math.isnan(error) or error == 0 else f"{value} ± {error:.2g}"
+    return value if math.isnan(error) or error <= 1e-12 * abs(row[name]) else f"{value} ± {error:.2g}"
 
 
 class Table(NamedTuple):

@@ -297,6 +297,7 @@ def test_a_notebook_shows_rows_as_a_table_and_a_table_as_its_figure():
     assert found._repr_markdown_().splitlines() == repr(found).splitlines() == expected
     assert repr(diagnostics.Rows([{"|r|": 2}])).splitlines()[0] == r"| \|r\| |"
     assert found[0]["v"] == 1.5 and repr(diagnostics.Rows()) == "(no rows)"
+    assert diagnostics.with_error({"v": 12.9, "v_se": 1.3e-15}, "v") == "12.9", "rounding is no error"
     table = diagnostics.drift(subject(Affine()), seeded(), steps=(300,), solvers=("picard",), iters=1)
     assert table._repr_png_().startswith(b"\x89PNG")
     assert repr(table).startswith("<Table 'drift', 4 rows of solver, t, draw, view, ")

@@ -14,6 +14,7 @@ import math
 import os
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console, ConsoleRenderable, RenderHook
 from rich.control import Control
 
-from splatedit.config import KEYS, RIGS, Config, as_command, load_config
+from splatedit.config import KEYS, RIGS, Config, as_command, load_config, typed
 from splatedit.errors import InputError
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ class Job:
     def pause(self) -> None:
         """Hold after the step that is under way; before the first one if none is."""
         with self._changed:
-            self._until = self.done + self._stepping
+            self._let(self.done + self._stepping)
 
     def resume(self) -> None:
         """Go on to the end."""
@@ -215,8 +216,7 @@ class Job:
         if n < 1:
             raise InputError(f"step: found {n}, expected 1 or more steps.")
         with self._changed:
-            until = n + (self.done if self._until == math.inf else max(self._until, self.done))
-        self._let(until)
+            self._let(n + (self.done if self._until == math.inf else max(self._until, self.done)))
 
     def _let(self, until: float) -> None:
         with self._changed:
@@ -250,6 +250,7 @@ class Job:
                 self.error = InputError(f"cut off after {self.done} of {self.steps} steps by the end of the program.")
         except BaseException as error:
             ended, self.error = "failed", error
+            forget(error)
         if self.error is not None:
             self.lines.append(str(self.error) or type(self.error).__name__)
         self._become(ended)
@@ -290,6 +291,21 @@ class Job:
         if self._leaving:
             raise Abandoned
 
+    def _go_on(self, done: int) -> None:
+        """So many steps were done before a resume; what was ordered while it was loading is meant from there on."""
+        with self._changed:
+            self.done, self._until = done, self._until + done
+
+    def _let_go(self, failed: type[BaseException] | None, *_: object) -> None:
+        """The model is given back: the newest step keeps its state, but not the model that made it."""
+        if self.last is None:
+            return
+        if failed is None:
+            state = {**self.last.state(), "evaluations": self.last.evaluations}
+            self.last = self.last._replace(state=lambda: state)
+        else:
+            self.last = self.last._replace(state=spoilt)
+
     def _begin(self) -> None:
         """All is loaded, the first step comes next; raises KeyboardInterrupt if it shall not."""
         if not self._gate():
@@ -320,11 +336,24 @@ class Onlooker(NamedTuple):
 
     def begin(self, work: Work) -> None:
         self.job.source, self.job.folder, self.job.steps = work.gaussians, work.folder, work.config.steps
-        self.job.done = work.saved["step"] if work.saved is not None else 0
+        if work.saved is not None:
+            self.job._go_on(work.saved["step"])
         self.job._begin()
 
     def step(self, step: Step) -> bool:
         return self.job._taken(step)
+
+
+def spoilt() -> dict[str, Any]:
+    """The state of a step that another one has begun to change."""
+    raise InputError("state: the edit was cut off in the middle of a step; go on from a step before, or a checkpoint.")
+
+
+def forget(error: BaseException | None) -> None:
+    """Drop what the frames of an exception hold, the model and all the memory of a step; its traceback stays."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 # -------------------------------------------------------------------------------------------------------------- started
@@ -387,8 +416,10 @@ def start_edit(gaussians: Gaussians, prompt: str, source: str | None, settings: 
         matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {matches[0]!r}?" if matches else "help(splatedit.edit) lists them."
         raise InputError(f"start: {name!r} is not an argument of splatedit.edit; {hint}")
-    if not prompt.strip():
-        raise InputError('prompt: it is empty; say what the scene shall show, as in "a pig".')
+    check_edit(gaussians, prompt, source, {name: each.default for name, each in known.items()} | settings)
+    asked = as_settings(prompt, source, settings)
+    ranges = {name: typed(name, asked[name]) for name in ("t_range", "fpr_t_range") if name in asked}
+    load_config(options={name: value for name, value in asked.items() if name not in ranges})  # those may be one number
 
     def edit(job: Job) -> None:
         model = settings.get("model", known["model"].default)
@@ -401,8 +432,33 @@ def start_edit(gaussians: Gaussians, prompt: str, source: str | None, settings: 
                 if not job._taken(step):
                     return
 
-    asked = as_settings(prompt, source, settings)
     return launch(Job(edit, settings.get("steps", known["steps"].default), source=gaussians, asked=asked))
+
+
+def check_edit(gaussians: Gaussians, prompt: str, source: str | None, given: dict[str, Any]) -> None:
+    """Raise InputError for what can be told to be wrong with arguments of `editing.edit`, but numbers and choices."""
+    from splatedit.distilling import Method
+    from splatedit.editing import resolve_device
+    from splatedit.growth import Growth
+    from splatedit.priors import Prior, check_prior
+    from splatedit.scenes import Hold, Rates, check_mask
+    from splatedit.tuning import Tuning
+
+    kinds = {"prompt": str, "source": (str, type(None)), "model": (str, Prior)}
+    kinds |= {"tuning": Tuning, "rates": Rates, "hold": Hold, "growth": Growth}
+    for name, kind in kinds.items():
+        found = {**given, "prompt": prompt, "source": source}[name]
+        if not isinstance(found, kind):
+            wanted = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+            raise InputError(f"{name}: found a {type(found).__name__}, expected {wanted}.")
+    if not prompt.strip():
+        raise InputError('prompt: it is empty; say what the scene shall show, as in "a pig".')
+    Method(**{name: given[name] for name in Method._fields}).check()
+    if given["mask"] is not None:
+        check_mask(given["mask"], gaussians)
+    if isinstance(given["model"], str):
+        resolve_device(given["device"])
+        check_prior(given["model"], given["offline"])
 
 
 def as_settings(prompt: str, source: str | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -448,7 +504,9 @@ def lender(job: Job, held: ExitStack) -> Callable[..., Prior]:
         if job.state == "stopping":
             raise KeyboardInterrupt
         job.check_leaving()
-        return held.enter_context(borrowed(model, device, offline))
+        prior = held.enter_context(borrowed(model, device, offline))
+        held.push(job._let_go)
+        return prior
 
     return load
 

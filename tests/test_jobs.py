@@ -1,3 +1,4 @@
+import gc
 import itertools
 import math
 import os
@@ -6,6 +7,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,6 +148,32 @@ def test_step_of_a_running_edit_counts_the_one_under_way(fake):
     held(job, 2)
     with pytest.raises(InputError, match="step: found 0, expected 1 or more"):
         job.step(0)
+
+
+def test_steps_asked_for_while_a_run_that_goes_on_is_loading_come_after_those_that_are_done(fake):
+    edit = fake(steps=9, free=True)
+    job = edit.job
+    job.step(2)
+    job._go_on(4)  # as `Onlooker.begin` does of a checkpoint
+    assert (job.done, job.holds_after) == (4, 6)
+    job.resume()
+    job._go_on(5)
+    assert job.holds_after is None
+
+
+def test_who_waits_for_a_pause_hears_of_it_when_a_step_is_taken_back(fake):
+    """Ordered and taken back before the edit has woken up: it has no news then that it would tell."""
+    job = fake().job
+    job.pause()
+    job._become("paused")  # with no thread of the edit that could notify
+    job.step()
+    settled, waits = [], threading.Thread(target=lambda: settled.append(job.settle(SOON)))
+    waits.start()
+    until(lambda: job._changed._waiters, "it waits")  # type: ignore[attr-defined]
+    begun = time.monotonic()
+    job.pause()
+    waits.join(SOON)
+    assert settled == [True] and time.monotonic() - begun < SOON / 2, "at once, not when its time is up"
 
 
 def test_stop_while_paused_keeps_what_is_done(fake):
@@ -310,10 +338,9 @@ def test_an_edit_in_memory_gives_the_bits_of_edit_held_up_or_not(cloud, tiny_mod
     *_, last = edit(cloud, "a pig", "a cat", **settings)
     job = splatedit.start(cloud, "a pig", "a cat", **settings)
     job.pause()
-    for _ in range(4):
-        until(lambda: job.state == "paused", "held")
+    for done in range(4):
+        held(job, done)
         job.step()
-        until(lambda: job.ended or job.state != "paused", "let go")
     assert same(job.result(SOON), last.gaussians) and not same(last.gaussians, cloud)
     assert job.source is cloud and job.curve["loss"][-1] == last.loss and job.last.evaluations == last.evaluations
     again = start(cloud, "a pig", "a cat", **settings)
@@ -421,15 +448,25 @@ def test_a_word_the_model_does_not_know_is_told_by_the_result(scene_file, cloud,
         ("nowhere.ply", {}, "nowhere.ply: no such file"),
         (None, {"stepz": 3}, "'stepz' is not an argument of splatedit.edit; did you mean 'steps'"),
         (None, {"lr_means": 0.1}, "'lr_means' is not an argument"),
+        (None, {"guidance": "foo"}, "guidance: 'foo' is not known"),
+        (None, {"steps": 0}, "steps: found 0, expected 1 or more"),
+        (None, {"steps": "many"}, "steps: found 'many', expected a whole number"),
+        (None, {"views": 0}, "cameras: 'dome:0' wants a number of views"),
+        (None, {"t_range": (0.9, 0.1)}, "t_range: found"),
+        (None, {"anneal": 3.0}, "anneal: found 3.0"),
+        (None, {"mask": torch.ones(3)}, "mask: found shape"),
+        (None, {"tuning": 3}, "tuning: found a int, expected Tuning"),
+        (None, {"model": "nowhere"}, "model: 'nowhere' is neither a known name nor a folder"),
+        (None, {"source_cache": 4, "guidance": "dds", "model": 3}, "model: found a int, expected str or Prior"),
         (3, {}, "found a int, expected the path of a splat file or Gaussians"),
     ],
 )
 def test_mistakes_are_told_at_once(scene, settings, words, scene_file, cloud, monkeypatch):
     monkeypatch.chdir(scene_file.parent)
-    running = threading.active_count()
+    running = set(threading.enumerate())
     with pytest.raises(InputError, match=words):
         start(cloud if scene is None else scene, "a pig", "a cat", **settings)
-    assert threading.active_count() == running
+    assert not [thread for thread in set(threading.enumerate()) - running if thread.name == "splatedit-edit"]
 
 
 def test_the_settings_of_an_edit_in_memory_are_those_that_config_knows():
@@ -452,6 +489,8 @@ def test_the_settings_of_an_edit_in_memory_are_those_that_config_knows():
 def test_an_empty_prompt_is_a_mistake(scene, scene_file, cloud):
     with pytest.raises(InputError, match="prompt: it is empty"):
         start(scene_file if scene == "file" else cloud, " ")
+    with pytest.raises(InputError, match="prompt: "):
+        start(scene_file if scene == "file" else cloud, cast(str, None))
 
 
 # ---------------------------------------------------------------------------------------------------- the kept model
@@ -471,6 +510,31 @@ def test_a_borrowed_model_is_lent_once_and_read_anew_if_it_has_changed(tiny_mode
             assert fourth is not first
     finally:
         os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("prompt", ["a pig", "a zebra"])
+def test_an_edit_that_has_ended_holds_no_model(prompt, cloud, tiny_model, one_thread, monkeypatch):
+    """Else the next model would not fit beside it, as long as somebody keeps the job."""
+    monkeypatch.setattr(priors, "KEPT", {})
+    options = {"model": str(tiny_model), "views": 2, "guidance": "dds"}
+    job = start(cloud, prompt, "a cat", steps=1, **options)
+    assert job.wait(SOON)
+    (model,) = map(weakref.ref, priors.KEPT.values())
+    priors.KEPT.clear()
+    gc.collect()
+    assert model() is None and (job.state == "failed") == (prompt == "a zebra")
+    if job.last is not None:
+        state = job.last.state()
+        assert (state["step"], state["evaluations"]) == (1, job.last.evaluations), "to go on with, later"
+
+
+def test_the_state_of_a_step_is_not_to_be_had_once_the_next_one_has_failed():
+    job = Job(lambda job: None, 3)
+    job._let_go(ValueError)
+    job.last = a_step(0, 3)
+    job._let_go(ValueError)
+    with pytest.raises(InputError, match="in the middle of a step"):
+        job.last.state()
 
 
 # ------------------------------------------------------------------------------------------------- the program's end

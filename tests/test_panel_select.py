@@ -324,6 +324,43 @@ def test_a_sphere_is_placed_by_a_click_and_by_numbers(panel, cloud):
     assert "expected x,y,z,r" in panel.told[-1] and panel.sphere.radius == 0.4
 
 
+def test_handles_of_the_sphere_are_away_until_it_is_placed(panel, monkeypatch):
+    waiting = []
+    monkeypatch.setattr(panel.app.server.scene, "on_click", lambda: waiting.append)
+    monkeypatch.setattr(panel.app.server.scene, "remove_click_callback", waiting.remove)
+    panel.tool.value = "sphere"
+    panel.choose_tool(None)
+    for _ in range(2):
+        panel.ask_for_click(user())
+        assert len(waiting) == 1 and not panel.ball.visible, "they would take the click"
+    waiting[0](user(screen_pos=(0.5, 0.5)))
+    assert not waiting and panel.ball.visible and abs(panel.sphere.centre[2]) > 0
+
+
+def test_a_huge_sphere_does_not_make_the_slider_coarse_for_good(panel):
+    usual = panel.ball_radius.max
+    for radius, most in ((1e9, 1e9), (0.4, usual)):
+        panel.ball_text.value = f"0,0,0,{radius}"
+        panel.sphere_by_text(user())
+        assert panel.ball_radius.max == most
+
+
+def test_what_was_found_for_other_words_does_not_count(panel, monkeypatch):
+    heard = []
+
+    def relevant(shown, config, words, above):
+        heard.append((words, above))
+        return type("Found", (), {"threshold": 0.762, "__call__": lambda _, g: torch.ones(g.n, dtype=torch.bool)})()
+
+    monkeypatch.setattr(selection, "relevant", relevant)
+    nobody = SimpleNamespace(client=None)
+    for words, above in (("auto", ""), ("auto", None), ("ears", None), ("tail", "0.5"), ("ears", None)):
+        panel.words.value, panel.cut.value = words, panel.cut.value if above is None else above
+        panel.take_text(nobody)
+        assert panel.cut.value == "0.762"
+    assert heard == [("auto", None), ("auto", 0.762), ("ears", None), ("tail", 0.5), ("ears", 0.762)]
+
+
 def test_handles_move_the_box(panel):
     panel.frame.position, panel.frame.wxyz = np.array([0.25, 0.5, -0.75]), np.array([0.0, 1.0, 0.0, 0.0])
     panel.box_by_frame(user())
@@ -404,6 +441,25 @@ def test_lengths_are_short_to_write():
 
 
 # --------------------------------------------------------------------------------------------------------- in a browser
+@pytest.mark.browser
+def test_a_click_at_the_middle_of_the_scene_places_the_sphere(browser, cloud):
+    from splatedit.viewer import view
+
+    with view(cloud._replace(scales=cloud.scales + 0.7), up="-y") as app:
+        page = open_page(browser, app.url)
+        page.get_by_role("tab", name="Select").click()
+        until(page, lambda: (pixels(page)[130:, :300].min(-1) < 200).mean() > 0.2, "the scene")
+        page.get_by_text("Tool", exact=True).locator("xpath=following::input[1]").click()
+        page.get_by_role("option", name="sphere").click()
+        centre = page.get_by_text("As text", exact=True).locator("visible=true").locator("xpath=following::input[1]")
+        first = until(page, lambda: centre.count() and centre.input_value(), "the sphere as text")
+        page.get_by_role("button", name="Place by a click").click()
+        until(page, lambda: page.get_by_text("Click at the scene").count(), "it waits")
+        canvas = page.locator("canvas[data-engine]").bounding_box()
+        page.mouse.click(canvas["x"] + canvas["width"] / 2, canvas["y"] + canvas["height"] / 2)
+        until(page, lambda: centre.input_value() != first, "it is placed")
+
+
 @pytest.mark.browser
 def test_a_rectangle_that_is_dragged_becomes_the_mask_of_an_edit(browser, cloud, tiny_model, tmp_path):
     from splatedit.viewer import view

@@ -85,6 +85,8 @@ class Panel:
         self.used: dict[str, Any] | None = None  # settings that were made of the selection
         self.used_for: tuple[Path | None, int] | None = None  # of which file, of how many splats
         self.box, self.sphere = first_box(app.stage.shown), first_sphere(app.stage.shown)
+        self.waiting = False  # for the click that places the sphere
+        self.asked = ("", "")  # words that the model was asked about, and the relevance that it found for them
         self.build()
         self.build_shapes()
         self.refreshing, self.renewing = app.act(self.refresh, newest=True), app.act(self.renew, newest=True)
@@ -190,7 +192,7 @@ class Panel:
         for name, folder in self.tools.items():
             folder.visible = name == chosen
         self.select.visible = chosen != "rectangle"
-        self.frame.visible, self.ball.visible = chosen == "box", chosen == "sphere"
+        self.frame.visible, self.ball.visible = chosen == "box", chosen == "sphere" and not self.waiting
 
     # ----------------------------------------------------------------------------------------------- a box and a sphere
     def show_box(self, dragged: Any = None) -> None:
@@ -211,8 +213,7 @@ class Panel:
             self.ball.position = shape.centre  # type: ignore[assignment]
         self.circles.points = wire_sphere(shape.radius)
         fill(self.ball_centre, tuple(shape.centre))
-        if shape.radius > self.ball_radius.max:
-            self.ball_radius.max = shape.radius
+        self.ball_radius.max = max(150 * self.ball_radius.step, shape.radius)
         fill(self.ball_radius, shape.radius)
         fill(self.ball_text, selection.sphere_text(shape))
 
@@ -256,15 +257,20 @@ class Panel:
             self.show_sphere()
 
     def ask_for_click(self, event: Any) -> None:
-        """The next click on the scene places the sphere."""
+        """The next click on the scene places the sphere; its handles are away until then, or they would take it."""
         scene = self.app.server.scene
-        take = self.app.act(self.place_sphere, slow=True)
+        show, take = self.app.act(self.choose_tool), self.app.act(self.place_sphere, slow=True)
 
         def once(click: Any) -> None:
             scene.remove_click_callback(once)
+            self.waiting = False
+            show(click)
             take(click)
 
-        scene.on_click()(once)
+        if not self.waiting:
+            self.waiting = True
+            self.choose_tool(None)
+            scene.on_click()(once)
         self.app.notify("Click at the scene", "The sphere goes there.", color="blue", client=event.client)
 
     def place_sphere(self, event: Any) -> None:
@@ -310,14 +316,15 @@ class Panel:
         self.put(selection.of_source(shown, chosen))
 
     def take_text(self, event: Any) -> None:
-        """Ask the model; a note turns meanwhile."""
-        cut = self.cut.value.strip()
+        """Ask the model; a note turns meanwhile. The relevance that was found for other words does not count."""
+        words, cut = self.words.value, self.cut.value.strip()
+        if words != self.asked[0] and cut == self.asked[1]:
+            cut = ""
         try:
             above = float(cut) if cut else None
         except ValueError:
             raise InputError(f"above: found {cut!r}, expected a number, or nothing.") from None
         shown, client = self.app.stage.shown, event.client
-        words = self.words.value
         note = None
         if client is not None:
             note = client.add_notification("Asking the model", f"where: {words}", loading=True, with_close_button=False)
@@ -327,6 +334,8 @@ class Panel:
             if note is not None:
                 note.remove()
         self.cut.value = f"{found.threshold:.3g}"
+        if above is None:
+            self.asked = (words, self.cut.value)
         self.put(selection.of_source(shown._replace(look="after"), found(shown.current)))
 
     def take_file(self, path: Path) -> None:

@@ -233,6 +233,18 @@ class Job:
         self._tell()
 
     # ------------------------------------------------------------------------------------------- in the edit's thread
+    @property
+    def writing(self) -> bool:
+        """Whether no step will follow: what there is is being written."""
+        last = self.done >= self.steps or (self._ending and not self._stepping)
+        return last and self.last is not None and not self.ended
+
+    def abandon(self) -> None:
+        """Have the edit leave between two steps, and write nothing more."""
+        with self._changed:
+            self._leaving = True
+            self._changed.notify_all()
+
     def _work(self, edit: Callable[[Job], None]) -> None:
         """Run the edit to one of its ends."""
         import torch
@@ -485,15 +497,16 @@ def launch(job: Job) -> Job:
 
 @atexit.register
 def leave() -> None:
-    """Let every edit leave between two steps: a daemon thread that is cut off inside torch can take the exit status."""
+    """Let every edit leave between two steps: a daemon thread that is cut off inside torch can take the exit status.
+
+    What only writes its results, after its last step, is waited for.
+    """
     jobs = [job for job in LIVE if not job.ended]
     for job in jobs:
-        with job._changed:
-            job._leaving = True
-            job._changed.notify_all()
+        job.abandon()
     end = time.monotonic() + FAREWELL
     for job in jobs:
-        job.thread.join(max(end - time.monotonic(), 0.0))
+        job.thread.join(None if job.writing else max(end - time.monotonic(), 0.0))
 
 
 def lender(job: Job, held: ExitStack) -> Callable[..., Prior]:

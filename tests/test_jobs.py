@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import splatedit
-from splatedit import files, priors
+from splatedit import files, jobs, priors
 from splatedit.config import Config, check, load_config
 from splatedit.editing import Step, edit
 from splatedit.errors import InputError
@@ -549,6 +549,29 @@ ENDING = """
         time.sleep(0.01)
     print(job.folder)
 """
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_end_of_the_program_waits_for_what_is_being_written(stopped, fake, monkeypatch):
+    """Cut off in torch it would take the exit status, and what the edit has come to."""
+    edit = fake(steps=2)
+    job, write = edit.job, threading.Event()
+
+    def edited(job):
+        edit(job)
+        write.wait(SOON)
+
+    job.thread = threading.Thread(target=job._work, args=(edited,))
+    monkeypatch.setattr(jobs, "LIVE", [job])
+    monkeypatch.setattr(jobs, "FAREWELL", 0.0)
+    job.listen(lambda job: job.stop() if stopped and job.last is not None else None)
+    assert not job.writing
+    job.thread.start()
+    edit.may.release(2)
+    until(lambda: job.writing, "the steps are taken")
+    job.abandon = write.set
+    jobs.leave()
+    assert job.state == ("stopped" if stopped else "done") and edit.taken == [0, 1][: 2 - stopped]
 
 
 @pytest.mark.slow

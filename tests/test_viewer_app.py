@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from splatedit.config import Config
 from splatedit.editing import Step
 from splatedit.errors import InputError, LossWarning
 from splatedit.gaussians import SH_C0
+from splatedit.jobs import Job, launch
 from splatedit.run import Outcome
 from splatedit.viewer import first_look, framing, shell, view, wire
 from splatedit.viewer.app import App, Worker, read
@@ -33,6 +35,12 @@ def until(look, seconds=10.0):
         assert time.monotonic() < end, "timed out"
         time.sleep(0.002)
     return answer
+
+
+@pytest.fixture(autouse=True)
+def never_cut_off(monkeypatch):
+    """The program that would be ended here is that of the tests."""
+    monkeypatch.setattr(shell, "cut_off", sys.exit)
 
 
 @pytest.fixture(scope="module")
@@ -430,16 +438,52 @@ def test_view_takes_files_gaussians_and_edits(scene_file, cloud, monkeypatch):
     assert made[-1] is job and shown.up == "+y" and shown.path == scene_file and config is job.config
 
 
-def test_closing_returns_at_once_and_ends_the_threads():
+def test_closing_returns_at_once_and_ends_the_threads(monkeypatch):
     app = App(opened(ball()))
-    ours = (app.quick.thread, app.slow.thread, *(loop.thread for loop in app.displays.loops))
-    begun = time.monotonic()
+    begun, go, stop = threading.Event(), threading.Event(), app.server.stop
+    monkeypatch.setattr(app.server, "stop", lambda: (begun.set(), go.wait(10), stop()))
     app.close()
     app.close()
-    assert time.monotonic() - begun < 1 and app.wait(0)
-    for thread in ours:
-        thread.join(10)
-        assert not thread.is_alive(), thread.name
+    assert begun.wait(10) and app.wait(0), "while the server still stops"
+    go.set()
+    assert app.at_rest(10)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_thread_that_is_at_work_does_not_outlive_the_program(busy, monkeypatch):
+    """Where the interpreter ends it, in torch, it would take the exit status."""
+    app, go, status = App(opened(ball())), threading.Event(), []
+    monkeypatch.setattr(shell, "cut_off", status.append)
+    monkeypatch.setattr("splatedit.viewer.app.FAREWELL", 0.01 if busy else 10.0)
+    if busy:
+        app.slow.put(lambda: go.wait(10))
+        until(lambda: not app.slow.waiting)
+    shell.close(app, 3)
+    assert status == [3] * busy and app.closed.is_set()
+    go.set()
+    assert app.at_rest(10)
+
+
+def test_ctrl_c_twice_leaves_an_edit_that_does_not_end(monkeypatch):
+    go, begun, said, status = threading.Event(), threading.Event(), [], []
+
+    def edit(job):
+        job._begin()
+        begun.set()
+        go.wait(10)
+        job._taken(Step(0, 9, 0.1, torch.zeros(1), ball(), {}, 0, [], 20.0, dict))
+
+    job = launch(Job(edit, 9))
+    assert begun.wait(10)
+    monkeypatch.setattr(shell, "cut_off", lambda number: (status.append(number), sys.exit(number)))
+    monkeypatch.setattr("splatedit.jobs.FAREWELL", 0.01)
+    monkeypatch.setattr(job, "wait", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as end:
+        shell.attend(job, SimpleNamespace(print=said.append))
+    assert (end.value.code, status) == (130, [130]) and said[1].startswith("[bold yellow]Left")
+    go.set()
+    job.thread.join(10)
+    assert job.state == "stopped" and job.error is not None, "and writes nothing more"
 
 
 # ----------------------------------------------------------------------------------------------------------- first look

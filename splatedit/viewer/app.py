@@ -286,6 +286,13 @@ class App:
         # Once a browser has been here this takes six seconds.
         threading.Thread(target=self.server.stop, name="splatedit-stop", daemon=True).start()
 
+    def at_rest(self, timeout: float) -> bool:
+        """Whether the threads of a closed viewer have ended, after `timeout` seconds at most."""
+        end, threads = time.monotonic() + timeout, [x.thread for x in (self.quick, self.slow, *self.displays.loops)]
+        for thread in threads:
+            thread.join(max(end - time.monotonic(), 0.0))
+        return not any(thread.is_alive() for thread in threads)
+
     def __enter__(self) -> App:
         return self
 
@@ -296,13 +303,11 @@ class App:
 @atexit.register
 def leave() -> None:
     """The program ends: let threads come out of torch, in which a thread that is cut off can crash the process."""
-    threads = []
-    for app in tuple(OPEN):
+    apps, end = tuple(OPEN), time.monotonic() + FAREWELL
+    for app in apps:
         app.close()
-        threads += [busy.thread for busy in (app.quick, app.slow, *app.displays.loops)]
-    end = time.monotonic() + FAREWELL
-    for thread in threads:
-        thread.join(max(end - time.monotonic(), 0.0))
+    for app in apps:
+        app.at_rest(end - time.monotonic())
 
 
 CALM: dict[bool, Literal["red", "blue"]] = {True: "blue", False: "red"}

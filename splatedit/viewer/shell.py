@@ -9,9 +9,9 @@ import threading
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from splatedit.errors import INTERRUPTED
+from splatedit.errors import DONE, INTERRUPTED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,6 +67,7 @@ def show(
         with app:
             stderr().print("Ctrl-C ends.")
             linger(app)
+            close(app, DONE)
 
 
 def watch(
@@ -100,6 +101,7 @@ def watch(
         if sys.stdin is not None and sys.stdin.isatty():
             console.print("The viewer stays open; Ctrl-C ends.")
             linger(app)
+        close(app, job.outcome.status)
         return job.outcome
 
 
@@ -113,13 +115,38 @@ def attend(job: Job, console: Console) -> None:
 
 def end(job: Job, console: Console) -> None:
     """Stop an edit and wait until what is done is written; Ctrl-C does not wait."""
+    from splatedit.jobs import FAREWELL
+
     job.stop()
     console.print("stopping after this step, then writing; once more to leave at once")
     try:
         job.wait()
     except KeyboardInterrupt:
         console.print("[bold yellow]Left[/] before all was written; if there is a checkpoint, --resume goes on there.")
+        job.abandon()
+        with suppress(KeyboardInterrupt):
+            job.thread.join(FAREWELL)
+        if job.thread.is_alive():
+            cut_off(INTERRUPTED)
         raise SystemExit(INTERRUPTED) from None
+
+
+def close(app: App, status: int) -> None:
+    """Close the viewer, and the program if a thread of it goes on in what takes long."""
+    from splatedit.viewer.app import FAREWELL
+
+    app.close()
+    with suppress(KeyboardInterrupt):
+        if app.at_rest(FAREWELL):
+            return
+    cut_off(status)
+
+
+def cut_off(status: int) -> NoReturn:
+    """End the program here: a thread that the interpreter cuts off inside torch would take the exit status."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def linger(app: App) -> None:

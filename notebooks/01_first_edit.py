@@ -83,7 +83,7 @@ print(job)
 # Each step renders the splats from two cameras, asks the model how it would change the two pictures, and moves all
 # splats a little so that the pictures follow. This is what the newest step saw. *Loss* is how hard the model still
 # pulls; *dB to the source* how near the pictures are to the cat's (above 45 no difference is to be seen); *drift* is
-# how far the model's idea of the unedited cat was off before it could be compared with.
+# how far from the cat the model still is when it is asked for the unedited cat (0: it sees it as it is).
 
 # %%
 job.last

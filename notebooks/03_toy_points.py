@@ -286,9 +286,9 @@ table
 
 # %% [markdown]
 # FPR helps most in the middle. At high noise three steps do not get far, and at low noise they pay with noise nearly
-# twice as large as any that the model would be trained on (rms of two random numbers: 0.89 on average). $\lambda = 100$
-# looks enormous; it is a length in Stable Diffusion's latents of 4 x 64 x 64 numbers, and shrinks with the root of the
-# dimension, to 1.1 in the plane.
+# twice as large as a model is trained on (rms of two random numbers: 0.89 on average). $\lambda = 100$ looks enormous;
+# it is a length in Stable Diffusion's latents of 4 x 64 x 64 numbers, and shrinks with the root of the dimension, to
+# 1.1 in the plane.
 #
 # ## 5. All four
 #

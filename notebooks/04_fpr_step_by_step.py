@@ -131,8 +131,8 @@ axes.grid(alpha=0.3)
 plt.show()
 
 # %% [markdown]
-# As pictures, for noise as drawn (above) and for noise that three iterations of FPR have refined (below), how that is
-# done comes next. At $t = 300$ one eye is left, at 500 the ears of a cat, but of another; at 700 some animal, and at
+# As pictures, for noise as drawn (above) and for noise that three iterations of FPR have refined (below; how that is
+# done comes next). At $t = 300$ one eye is left, at 500 the ears of a cat, but of another; at 700 some animal, and at
 # 850 not even its colour.
 
 # %%
@@ -262,10 +262,9 @@ grid[0][0].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# Up to 10, longer is only faster. At 30 the step is longer than the way: the drift goes down, then up again, and the
-# rms swings. At 100 it **diverges**: the posterior mean is almost four times the source's length away. Two columns of
-# these tables tell it, and `metrics.json` of a run holds them for every step: a residual that *rises*, and an rms
-# that leaves 1.
+# Up to 10, longer is only faster. At 30 the step is longer than the way: drift and rms swing up and down. At 100 it
+# **diverges**: the posterior mean is almost four times the source's length away. Two signs tell it, and `metrics.json`
+# of a run holds both for every step: a residual that *rises*, and an rms that leaves 1.
 #
 # `sphere` holds the rms, but the direction is wrong all the same. `keep_best` refuses the two long steps at once
 # (their lines end where they began) and lets $\lambda = 10$ go its way. The solver `grad_polyak` needs no $\lambda$
@@ -432,7 +431,7 @@ diagnostics.gradient_maps(
 #
 # Does less drift make better edits? Whole edits of the latents, from the same noise. `distance` is how far the
 # latents went, `margin` how much better the target explains the result than the source does, `psnr` (dB) what has
-# been kept of the source.
+# been kept of the source. (DDS does not look at the drift of its noise: nan.)
 
 # %%
 rows = []

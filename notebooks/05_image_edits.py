@@ -164,8 +164,8 @@ plt.show()
 # %% [markdown]
 # Left, over the background: `sds` keeps 7 dB less than the others at the same margin. `dds`, `cds` and `ids` lie on
 # one curve, on which `pds` is still at the beginning: here they differ in *how fast* they go, not in what they keep.
-# Right, over the whole picture, all five are on one curve: turning a grey cat pink changes its pixels, whoever does
-# it.
+# Right, over the whole picture, all five are nearly on one curve: turning a grey cat pink changes its pixels, whoever
+# does it.
 #
 # That `ids` is not above `dds` is no accident of this picture: over 20 edits with three seeds each the
 # [comparison](../docs/comparison.md) finds the same for this small model. The papers' order was measured with Stable
@@ -189,8 +189,9 @@ strips(
 diagnostics.Rows({"scale w": w, **measures(pictures[-1:])} for w, pictures in scaled.items())
 
 # %% [markdown]
-# Asked as it is ($w = 1$) the model hardly pulls; 3 gives a pig. At 7.5 the colours run out of range, and at 15
-# nothing is left of the animal: even the model's own margin falls. More guidance is not more of the target.
+# Asked as it is ($w = 1$) the model gets no further than half-way in as many steps; 3 gives a pig. At 7.5 the colours
+# run out of range, and at 15 the body is gone: even the model's own margin falls. More guidance is not more of the
+# target.
 #
 # ## 5. The published settings against the fast ones
 #

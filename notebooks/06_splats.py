@@ -52,6 +52,8 @@ def look(scene, azimuths=(25, 115, 205, 295)):
 figures.strips({"the scene": look(cat), "may change": look(highlight(cat, chosen))})
 
 # %% [markdown]
+# Pink may change. The tip of the tail may, too: it curls forward over the line at 0.5. A rule is plain, not clever.
+#
 # In the viewer the same is done by hand: the Select tab has a box to drag, a rectangle drawn with shift held, a sphere,
 # rules, and the text itself (*what is this edit about?*). On the command line it is `--mask-rule "z < 0.5"`,
 # `--mask-box` and so on, see [docs/masks.md](../docs/masks.md).

@@ -15,6 +15,8 @@
 # Put your own file here. Until you do, a bundled scene stands in for it.
 
 # %%
+import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ import torch
 import splatedit
 from splatedit import doctor, figures, info
 from splatedit.cameras import bounds, explain_up
-from splatedit.config import load_config
+from splatedit.config import as_command, load_config
 from splatedit.model_files import locate
 
 SCENE = "../scenes/bear.ply"  # any splat file: .ply .compressed.ply .splat .spz .sog .ksplat, checkpoints
@@ -75,7 +77,7 @@ print(f"ball of radius {extent.radius:.3g} around {[round(x, 3) for x in extent.
 print(f"{int(far.sum()):,} of {scene.n:,} splats outside of it")
 
 # %%
-splatedit.dome(scene, 24, up=up)  # the cameras an edit looks from, if there is no capture
+splatedit.dome(scene, 48, up=up)  # the cameras an edit looks from, if there is no capture
 
 # %% [markdown]
 # ## 2. Can this machine do it?
@@ -95,6 +97,8 @@ for check in doctor.checks():
 missing = []
 if DEVICE == "cuda" and not torch.cuda.is_available():
     missing.append("a CUDA GPU")
+if DEVICE == "cuda" and find_spec("gsplat") is None:
+    missing.append("gsplat")
 if locate(MODEL, offline=True) is None:
     missing.append(f"the weights of {MODEL}")
 ready = not missing
@@ -109,12 +113,14 @@ print("All there." if ready else f"Missing: {' and '.join(missing)}. The cells o
 # load_prior(MODEL, "cuda")
 # ```
 #
-# The settings of the run. `vram` chooses what fits a GPU of so many GB: 8, 12, 16 or 24.
+# The settings of the run, and the command that does the same in a terminal. `vram` chooses what fits a GPU of so many
+# GB: 8, 12, 16 or 24.
 
 # %%
 settings = {"model": MODEL, "device": DEVICE, "up": up, "steps": STEPS, "vram": 12}
 trial = {"up": up, "steps": 20}  # the bundled model instead, on the CPU
-print("splatedit run", SCENE, repr(TARGET), "--source-prompt", repr(SOURCE), "--model", MODEL, "--vram 12")
+scene_and_words = {"scene": SCENE, "prompt": TARGET, "source_prompt": SOURCE}
+print(shlex.join(as_command(load_config(options={**scene_and_words, **settings}))))
 
 # %% [markdown]
 # What would it take? `--dry-run` on the command line; here the same plan, from a few timed steps in memory. Without a
@@ -125,7 +131,6 @@ from rich.console import Console
 
 from splatedit import preflight
 
-scene_and_words = {"scene": SCENE, "prompt": TARGET, "source_prompt": SOURCE}
 config = load_config(options={**scene_and_words, **(settings if ready else trial)})
 planned = preflight.plan(config, Console(quiet=True, force_jupyter=False))
 for name, text in preflight.lines(planned):
@@ -167,7 +172,7 @@ if ready:
 
 # %%
 if ready:
-    splatedit.compare(scene, edited.to("cpu"))._ipython_display_()
+    display(splatedit.compare(scene, edited.to("cpu")))  # noqa: F821
 
 # %% [markdown]
 # ## If it went wrong

@@ -29,7 +29,7 @@ BASE_URL = "SPLATEDIT_BASE_URL"  # environment: where the browser finds the Jupy
 HUB_PREFIX = "JUPYTERHUB_SERVICE_PREFIX"  # JupyterHub sets it for every server
 MOST = 8  # viewers open at once; the oldest one is closed
 EVERY = 1.0  # seconds between two pictures of the progress
-VIEWERS: dict[tuple[int, ...], tuple[tuple[Any, ...], App]] = {}  # by what they show, which is kept so that ids last
+VIEWERS: dict[tuple[Any, ...], tuple[tuple[Any, ...], App]] = {}  # by what they show, which is kept so that ids last
 
 
 # --------------------------------------------------------------------------------------------------------------- viewer
@@ -37,15 +37,15 @@ def show_gaussians(gaussians: Gaussians, other: Gaussians | None = None, *, heig
     """Show a picture, and below it the live viewer: of the scene, or of two to compare.
 
     other: the scene it is compared with, shown first. height: of the viewer, in pixels. more: as of `viewer.view`.
-    Shown again, it is the same viewer. Raises InputError outside of a notebook.
+    Shown again, with the same options, it is the same viewer. Raises InputError outside of a notebook.
     """
     from splatedit.gaussians import Gaussians
 
     check_there("splatedit.view(gaussians).url")
     if not isinstance(other, Gaussians | None):
         raise InputError(f"show: found {type(other).__name__}, expected Gaussians; splatedit.load reads a file.")
-    seen = (gaussians.means,) if other is None else (gaussians.means, other.means)
-    app = viewer_of(seen, gaussians, other, **more)
+    seen = [value for g in (gaussians, other) if g is not None for value in g.parameters.values()]
+    app = viewer_of(tuple(seen), gaussians, other, **more)
     put(still(app))
     embed(app, height)
 
@@ -80,11 +80,12 @@ def put(data: dict[str, Any]) -> DisplayHandle:
     return handle
 
 
-def viewer_of(key: tuple[Any, ...], scene: Any, other: Any, **more: Any) -> App:
-    """The viewer that shows this already, or a new one."""
+def viewer_of(seen: tuple[Any, ...], scene: Any, other: Any, **more: Any) -> App:
+    """The viewer that shows this already, with these options, or a new one."""
     from splatedit.viewer import view
 
-    known = VIEWERS.get(tuple(map(id, key)))
+    key = (*map(id, seen), repr(sorted(more.items())))
+    known = VIEWERS.get(key)
     if known is not None and not known[1].closed.is_set():
         return known[1]
     while len(VIEWERS) >= MOST:
@@ -93,7 +94,7 @@ def viewer_of(key: tuple[Any, ...], scene: Any, other: Any, **more: Any) -> App:
     if page.scheme in ("http", "https") and "{" not in page.netloc:  # pages from there are ours
         more.setdefault("origins", [f"{page.scheme}://{page.netloc}"])
     app = view(scene, other, **more)
-    VIEWERS[tuple(map(id, key))] = (key, app)
+    VIEWERS[key] = (seen, app)
     return app
 
 

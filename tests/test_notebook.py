@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -156,6 +157,16 @@ def test_shown_again_it_is_the_same_viewer(cell, cloud):
     cloud.show()
     ((_, second),) = notebook.VIEWERS.values()
     assert second is not first, "one that was closed is not shown"
+
+
+def test_another_scene_or_another_option_is_another_viewer(cell, cloud):
+    """A scene of other colours shares its positions with the first one."""
+    cloud.show()
+    cloud._replace(sh0=-cloud.sh0).show()
+    assert np.abs(np.asarray(cell.picture(0), int) - np.asarray(cell.picture(2), int)).max() > 50
+    for _ in range(2):
+        cloud.show(up="+z")
+    assert [app.more for _, app in notebook.VIEWERS.values()] == [{}, {}, {"up": "+z"}]
 
 
 def test_the_oldest_of_many_viewers_is_closed(cell, cloud):

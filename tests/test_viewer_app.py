@@ -336,6 +336,12 @@ def test_an_end_that_cannot_be_shown_is_an_end(app, tmp_path):
     settle(app)
     assert app.told[-1][2].startswith(f"{tmp_path}/edited.ply: no such file")
     app.check_idle()
+    app.follow(job := FakeJob(ball()))
+    job.take(SimpleNamespace(to=lambda device: 1 / 0))  # a GPU that has crashed gives nothing back
+    job.tell(state="failed", error=RuntimeError("CUDA error"))
+    settle(app)
+    assert "RuntimeError: CUDA error" in [body for _, _, body, *_ in app.told]
+    app.check_idle()
 
 
 def test_the_settings_of_an_edit_from_elsewhere_are_those_of_the_panel(app, tmp_path):

@@ -63,8 +63,12 @@ def page(browser, app):
 
 def test_the_scene_fills_the_window_and_a_reload_keeps_what_is_shown(app, page, cloud):
     shows(page, GREEN, 0.2)
-    rows = (pixels(page).min(-1) < 150).nonzero()[0]
-    assert rows.min() < 80 and rows.max() > 320, "of 400: the ball reaches from near the top to near the bottom"
+
+    def filled():
+        rows = (pixels(page).min(-1) < 150).nonzero()[0]
+        return len(rows) and rows.min() < 80 and rows.max() > 320
+
+    until(page, filled, "the ball reaches from near the top of the 400 pixels to near the bottom")
     keep(page, "viewer-first-picture")
     app.stage.change(current=painted(cloud, RED))
     shows(page, RED)
@@ -80,14 +84,17 @@ def test_two_browsers_see_the_same_and_an_error_reaches_the_one_who_asked(app, p
     app.stage.change(current=painted(cloud, BLUE))
     shows(page, BLUE)
     shows(other, BLUE, 0.05)
-    for client in app.server.get_clients().values():
+
+    def placed(client):
         found = framing.place(*frame(app.stage.shown), min(client.camera.aspect, 1.0)).position
-        np.testing.assert_allclose(client.camera.position, found, rtol=1e-3, atol=1e-3)
+        return np.allclose(client.camera.position, found, rtol=1e-3, atol=1e-3)
+
+    first, second = app.server.get_clients().values()
+    until(page, lambda: placed(first) and placed(second), "each sees all of the scene, once its panel has its place")
 
     def mistake(event):
         raise InputError("a mistake of the second one")
 
-    second = list(app.server.get_clients().values())[-1]
     app.act(mistake)(SimpleNamespace(client=second))
     until(other, lambda: other.get_by_text("a mistake of the second one").count(), "the notification")
     assert not page.get_by_text("a mistake of the second one").count()
@@ -118,6 +125,7 @@ def test_a_tab_that_is_closed_in_mid_edit_changes_nothing(app, browser, cloud):
     wait(lambda: app.stage.clients == 0)
     job.resume()
     assert job.wait(60) and job.state == "done" and job.done == steps
+    wait(lambda: app.finished is job)  # with nobody there it is told to the next one, and stays
     page = open_page(browser, app.url)
     shows(page, RED, 0.2)
     until(page, lambda: page.get_by_text("The edit is done").count(), "what happened meanwhile is told")

@@ -233,6 +233,17 @@ class App:
         """Show how far the edit has come, and its end, once."""
         if job is not self.job:
             return
+        try:
+            self.advance(job)
+        finally:  # an end is one, also if what there was cannot be shown
+            if job.ended and job is not self.finished:
+                try:
+                    self.finish(job)  # here, not behind what is slow: the next edit begins with the file of this one
+                finally:
+                    self.finished = job
+
+    def advance(self, job: Job) -> None:
+        """Show the newest step."""
         shown, fields = self.stage.shown, {}
         if job.source is not None and job.source is not self.begun:
             self.begun = job.source
@@ -242,11 +253,6 @@ class App:
             fields |= {"current": step.gaussians.to("cpu"), "rows": rows, "pull": pull}
         if fields:
             self.stage.change(**fields)
-        if job.ended and job is not self.finished:
-            try:
-                self.finish(job)  # here, not behind what is slow: the next edit begins with the file of this one
-            finally:
-                self.finished = job
 
     def finish(self, job: Job) -> None:
         """Say how the edit ended, and show what it has written; what was the source before is not what is shown now."""

@@ -255,14 +255,14 @@ class Comparison(NamedTuple):
 
     @property
     def picture(self) -> np.ndarray:
-        """The pairs one above the other, (h, w, 3) uint8, named above."""
+        """The pairs one above the other, (h, w, 3) uint8, named above, each picture at most 256 pixels a side."""
         return sheet([t for pair in zip(*self[:2], strict=True) for t in map(titled, pair, self.words)], 2)
 
     def __repr__(self) -> str:
         return f"<{self.words[0]} and {self.words[1]}, pictures: {len(self.before)}>"
 
     def save(self, path: str | Path) -> None:
-        """Write `picture` as a PNG."""
+        """Write `picture` as a PNG; `before` and `after` hold the pictures in their own size."""
         save_png(self.picture, path)
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> Bundle:
@@ -429,8 +429,10 @@ def pictures_alone(thing: Any) -> list[np.ndarray]:
 def film(frames: Sequence[np.ndarray], fps: float, most: int = MOST_BYTES) -> Animation:
     """Frames (h, w, 3) uint8 of one size as an Animation of at most so many bytes, if it can be with 32 pixels a side.
 
-    Raises InputError if the frames differ in size.
+    Raises InputError if the frames differ in size, or if `fps` is not above 0.
     """
+    if not 0 < fps < math.inf:
+        raise InputError(f"fps: found {fps}, expected a number of frames a second above 0.")
     if len({frame.shape for frame in frames}) != 1:
         raise InputError("animate: the frames differ in size, or there are none.")
     content, tiles = coded(frames, fps), list(frames)

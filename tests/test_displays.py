@@ -249,6 +249,12 @@ def test_what_is_no_film_is_said(frames, words):
         splatedit.animate(frames)
 
 
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf")])
+def test_a_film_has_to_move(fps):
+    with pytest.raises(InputError, match="fps: found"):
+        splatedit.animate([np.zeros((4, 4, 3))], fps=fps)
+
+
 def test_a_line_of_the_library_imports_no_notebook(scene_file, monkeypatch):
     """All of splatedit anew, where what it must not import cannot be; a process of its own would import torch again."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "splatedit"]:

@@ -476,23 +476,23 @@ def quiet() -> Iterator[None]:
     """Silence progress bars, warnings and advice of diffusers and transformers, then put them back as they were."""
     import warnings
 
-    import diffusers.utils.logging as d
-    import transformers.utils.logging as t
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import diffusers.utils.logging as d  # which warns in a notebook without ipywidgets
+        import transformers.utils.logging as t
 
-    libraries = (d, t)
-    before = [(lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in libraries]
-    try:
-        for lib in libraries:
-            lib.set_verbosity(lib.CRITICAL)
-            lib.disable_progress_bar()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        libraries = (d, t)
+        before = [(lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in libraries]
+        try:
+            for lib in libraries:
+                lib.set_verbosity(lib.CRITICAL)
+                lib.disable_progress_bar()
             yield
-    finally:
-        for lib, (verbosity, bar) in zip(libraries, before, strict=True):
-            lib.set_verbosity(verbosity)
-            if bar:
-                lib.enable_progress_bar()
+        finally:
+            for lib, (verbosity, bar) in zip(libraries, before, strict=True):
+                lib.set_verbosity(verbosity)
+                if bar:
+                    lib.enable_progress_bar()
 
 
 # --------------------------------------------------------------------------------------------------- what a scene shows

@@ -1,5 +1,6 @@
 """The adapter, on untrained pipelines of the real classes; and what is said when a model is not there."""
 
+import builtins
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +32,7 @@ from splatedit.diffusion import Text, guided, repeat, sample_draw, scaled_linear
 from splatedit.errors import InputError
 from splatedit.guidance import GUIDANCE, Request, ids
 from splatedit.pocket import FOLDER
-from splatedit.priors import Prior, check_prior, find_prompt, load_prior
+from splatedit.priors import Prior, check_prior, find_prompt, load_prior, quiet
 from splatedit.tuning import bind
 
 SCHEDULERS = [
@@ -725,3 +727,19 @@ def test_the_bundled_model_tells_its_own_pictures_apart():
     with torch.no_grad():
         found, table = find_prompt(prior, prior.encode(images.images), seeded())
     assert "a cat" in list(table)[:2], f"taken for {found}"
+
+
+def test_what_libraries_say_when_they_are_imported_is_not_heard(monkeypatch):
+    """In a notebook without ipywidgets tqdm asks for them."""
+    original = builtins.__import__
+
+    def aloud(name, *rest):
+        if name.startswith(("diffusers", "transformers")):
+            warnings.warn("IProgress not found", stacklevel=2)
+        return original(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", aloud)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with quiet():
+            pass

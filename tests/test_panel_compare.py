@@ -183,8 +183,11 @@ def test_before_and_after_change_the_canvas_and_back_to_the_same_picture(browser
         )
         keep(page, "compare-difference")
         page.keyboard.press("x")
-        until(page, lambda: -blueish(page, slice(0, 150)) > 0.3, "the source left of the middle")
-        assert blueish(page, slice(165, 300)) > 0.3, "the newest state right of it"
+        until(
+            page,
+            lambda: -blueish(page, slice(0, 150)) > 0.3 and blueish(page, slice(165, 300)) > 0.3,
+            "the source left of the middle, the newest state right of it",
+        )
         until(page, lambda: page.get_by_text("Split at").is_visible(), "the slider")
         keep(page, "compare-split")
         assert not page.errors, page.errors

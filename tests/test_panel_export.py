@@ -90,6 +90,8 @@ def test_the_degree_and_what_is_lost(shown):
 def test_nothing_is_replaced_unasked(shown, scene_file, tmp_path):
     wish, path = Wish("current", "ply", None), tmp_path / "out.ply"
     path.write_bytes(b"mine")
+    with pytest.raises(InputError, match="say where"):
+        export.save_as(shown, wish, Path(""))
     with pytest.raises(InputError, match="is there already; tick"):
         export.save_as(shown, wish, path)
     assert path.read_bytes() == b"mine"

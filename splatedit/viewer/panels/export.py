@@ -105,6 +105,8 @@ def check_place(path: Path, shown: Shown, form: Format, overwrite: bool) -> None
     """Raise InputError unless a file of this kind may be written there."""
     from splatedit.formats import format_of
 
+    if not path.name:
+        raise InputError("export: say where the file shall go.")
     found = format_of(path)
     if found is None or found.name != form.name:
         endings = " or ".join(form.suffixes)

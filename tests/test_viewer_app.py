@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -395,7 +396,8 @@ def test_the_picture_behind_the_scene_is_not_cut_off_in_scenes_of_any_size(radiu
 
 
 # --------------------------------------------------------------------------------------------------------------- files
-def test_another_file_is_opened(app, scene_file, cloud):
+def test_another_file_is_opened(app, scene_file, cloud, monkeypatch):
+    monkeypatch.setenv("HOME", str(scene_file.parent))
     app.stage.change(selection=torch.ones(40, dtype=torch.bool), rows=torch.arange(40), pull=torch.ones(40))
     app.open_file(scene_file)
     settle(app)
@@ -405,6 +407,14 @@ def test_another_file_is_opened(app, scene_file, cloud):
     expected = framing.place(shown.extent.centre.numpy(), shown.extent.radius, "-y")
     np.testing.assert_allclose(app.browsers[1].camera.position, expected.position)
     np.testing.assert_allclose(app.server.initial_camera.position, expected.position)
+
+    app.config = replace(app.config, up="+x")
+    for path, up in ((scene_file, "+x"), (Path("~") / scene_file.name, None)):
+        app.open_file(path)
+        settle(app)
+        assert app.config.up == up and app.stage.shown.up == (up or "-y"), "what was said of another scene"
+    shown = app.stage.shown
+    assert shown.path == scene_file and app.config.scene == str(scene_file)
 
     app.open_file(scene_file.parent / "nothing.ply")
     settle(app)
@@ -436,6 +446,7 @@ def test_view_takes_files_gaussians_and_edits(scene_file, cloud, monkeypatch):
     assert splatedit.view is view
     view(str(scene_file), up="+z")
     assert made[-1][0][0].up == "+z" and made[-1][0][0].path == scene_file
+    assert made[-1][0][1] == Config(scene=str(scene_file), up="+z"), "edits look from the same up axis"
     view(cloud, scene_file)
     assert made[-1][0][0].path == scene_file
     job = FakeJob(config=Config(scene=str(scene_file), up="+y"))

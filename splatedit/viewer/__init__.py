@@ -32,11 +32,14 @@ def view(
     take the sidecar's or guess. config: what the Edit panel begins with, if no edit says it; served: a server that runs
     already. Raises InputError.
     """
+    from splatedit.config import Config
     from splatedit.gaussians import Gaussians
     from splatedit.viewer.app import App, read
 
     if isinstance(scene, (str, Path, Gaussians)):
-        app = App(read(scene, other, up=up), config, host=host, port=port, origins=origins, served=served)
+        shown = read(scene, other, up=up)
+        config = config or Config(scene=str(shown.path or ""), up=up)
+        app = App(shown, config, host=host, port=port, origins=origins, served=served)
     else:
         config = config or scene.config
         up = up or (config.up if config is not None else None)

@@ -203,9 +203,10 @@ class App:
     def replace_scene(self, path: Path) -> None:
         """Load a splat file and show it; raises InputError if it cannot be read, or an edit is under way."""
         self.check_idle()
-        shown = read(path, background=self.stage.shown.background)
+        up = self.config.up if path == self.stage.shown.path else None  # what was said of another scene
+        shown = read(path, up=up, background=self.stage.shown.background)
         self.check_idle()
-        self.config = replace(self.config, scene=str(path), source_prompt=None)
+        self.config = replace(self.config, scene=str(shown.path), source_prompt=None, up=up)
         self.stage.change(
             **{name: getattr(shown, name) for name in ("source", "current", "extent", "up", "path")},
             rows=None,
@@ -361,7 +362,7 @@ def read(
     if up is None and not isinstance(scene, Gaussians):
         up = sidecar(scene).up
     newest = scene if other is None else other
-    path = None if isinstance(newest, Gaussians) else Path(newest)
+    path = None if isinstance(newest, Gaussians) else Path(newest).expanduser()
     return opened(source, current, path=path, up=up, background=background)
 
 

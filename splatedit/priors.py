@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import threading
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -348,6 +349,7 @@ def load_prior(
 
 
 KEPT: dict[tuple[Any, ...], Prior] = {}  # at most one, which nobody uses
+LOADING = threading.Lock()  # diffusers changes torch itself while it loads: a second one then fails
 
 
 @contextmanager
@@ -362,8 +364,9 @@ def borrowed(model: str, device: str | torch.device, offline: bool = False) -> I
     key = (model, str(device), max((p.stat().st_mtime_ns for p in files), default=0))
     prior = KEPT.pop(key, None)
     if prior is None:
-        KEPT.clear()  # first, for two may not fit into memory
-        prior = load_prior(model, device, offline=offline)
+        with LOADING:
+            KEPT.clear()  # first, for two may not fit into memory
+            prior = load_prior(model, device, offline=offline)
     try:
         yield prior
     finally:

@@ -86,7 +86,8 @@ def fake():
 
 
 def held(job, done):
-    until(lambda: (job.state, job.done) == ("paused", done), f"held after {done}, is {job.state} after {job.done}")
+    until(lambda: (job.state, job.done) == ("paused", done) or job.ended, f"held after {done}")
+    assert (job.state, job.done) == ("paused", done), job.error
 
 
 # ------------------------------------------------------------------------------------------------------------- control
@@ -407,10 +408,16 @@ def test_a_run_in_a_notebook_displays_nothing(monkeypatch):
     assert [line for line in job.lines if line in ("loud", "louder")] == ["loud", "louder"]
 
 
-def test_a_stopped_run_is_written_and_goes_on_where_it_was(scene_file, asked, few_frames, one_thread):
+def first(monkeypatch, order):
+    """The next job is given this order before it begins, however fast it is."""
+    monkeypatch.setattr(jobs, "launch", lambda job: (order(job), launch(job))[1])
+
+
+def test_a_stopped_run_is_written_and_goes_on_where_it_was(scene_file, asked, few_frames, one_thread, monkeypatch):
     whole = start(scene_file, "a pig", "a cat", **asked)
-    job = start(scene_file, "a pig", "a cat", **asked)
-    job.step(2)
+    with monkeypatch.context() as patch:
+        first(patch, lambda job: job.step(2))
+        job = start(scene_file, "a pig", "a cat", **asked)
     held(job, 2)
     job.stop()
     edited = job.result(SOON)
@@ -420,9 +427,9 @@ def test_a_stopped_run_is_written_and_goes_on_where_it_was(scene_file, asked, fe
     assert same(on.result(SOON), whole.result()) and on.outcome.folder == job.folder and on.done == 3
 
 
-def test_a_run_that_is_stopped_before_its_first_step_leaves_nothing(scene_file, asked, tmp_path):
+def test_a_run_that_is_stopped_before_its_first_step_leaves_nothing(scene_file, asked, tmp_path, monkeypatch):
+    first(monkeypatch, Job.stop)
     job = start(scene_file, "a pig", "a cat", **asked)
-    job.stop()
     with pytest.raises(InputError, match="before the first step"):
         job.result(SOON)
     assert job.state == "stopped" and not (tmp_path / "out").exists()
@@ -535,6 +542,31 @@ def test_the_state_of_a_step_is_not_to_be_had_once_the_next_one_has_failed():
     job._let_go(ValueError)
     with pytest.raises(InputError, match="in the middle of a step"):
         job.last.state()
+
+
+def test_models_are_loaded_one_after_the_other(tiny_model, monkeypatch):
+    """diffusers makes modules without memory meanwhile, of whatever thread: two edits begun at once failed by that."""
+    free, refused = threading.Lock(), []
+
+    def load(*_, **__):
+        refused.append(not free.acquire(blocking=False))
+        time.sleep(0.02)  # long enough for the others to come
+        free.release()
+        return SimpleNamespace(save_memory=lambda savings: None)
+
+    def borrow():
+        with priors.borrowed(str(tiny_model), "cpu"):
+            all_there.wait(SOON)
+
+    all_there = threading.Barrier(3)
+    monkeypatch.setattr(priors, "KEPT", {})
+    monkeypatch.setattr(priors, "load_prior", load)
+    threads = [threading.Thread(target=borrow) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SOON)
+    assert refused == [False] * 3
 
 
 # ------------------------------------------------------------------------------------------------- the program's end

@@ -15,6 +15,7 @@ from splatedit.cameras import RIGS, Bounds, Cameras, bounds
 from splatedit.captures import load_capture
 from splatedit.distilling import Distiller, Method
 from splatedit.errors import InputError, Lost
+from splatedit.formats.checks import check_read
 from splatedit.fpr import FPR
 from splatedit.gaussians import Gaussians
 from splatedit.growth import Grower, Growth
@@ -137,6 +138,7 @@ def edit(
     refining, caching = (solver, fpr_iters, fpr_lambda), (source_cache, cache_refresh, cache_mb, cache_dir)
     method = Method(guidance, guidance_scale, t_range, timesteps, anneal, tuning, *refining, *caching)
     method.check()
+    check_read(gaussians, "scene")
     prior = model if isinstance(model, Prior) else load_prior(model, resolve_device(device), offline=offline)
     method.scale(prior)
     place, gaussians = prior.device, gaussians.to(prior.device)

@@ -451,6 +451,7 @@ def check_edit(gaussians: Gaussians, prompt: str, source: str | None, given: dic
     """Raise InputError for what can be told to be wrong with arguments of `editing.edit`, but numbers and choices."""
     from splatedit.distilling import Method
     from splatedit.editing import resolve_device
+    from splatedit.formats.checks import check_read
     from splatedit.growth import Growth
     from splatedit.priors import Prior, check_prior
     from splatedit.scenes import Hold, Rates, check_mask
@@ -466,6 +467,7 @@ def check_edit(gaussians: Gaussians, prompt: str, source: str | None, given: dic
     if not prompt.strip():
         raise InputError('prompt: it is empty; say what the scene shall show, as in "a pig".')
     Method(**{name: given[name] for name in Method._fields}).check()
+    check_read(gaussians, "scene")
     if given["mask"] is not None:
         check_mask(given["mask"], gaussians)
     if isinstance(given["model"], str):

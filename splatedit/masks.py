@@ -432,7 +432,7 @@ def numbers(values: Any, count: int | tuple[int, ...], where: str, form: str = "
     except (TypeError, ValueError):
         given = ()
     if len(given) not in counts or not all(map(math.isfinite, given)):
-        found = ",".join(map(str, values)) if isinstance(values, list | tuple) else repr(values)
+        found = (",".join(map(str, values)) or "nothing") if isinstance(values, list | tuple) else repr(values)
         wanted = form or f"{' or '.join(map(str, counts))} number{'s' if counts != (1,) else ''}"
         raise InputError(f"{where}: found {found}, expected {wanted}.")
     return given

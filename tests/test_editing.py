@@ -202,6 +202,9 @@ def test_mistakes_are_named(red, prior):
         run(red, prior, guidance="ids", tuning=Tuning(fpr_t_range=(0.5, 0.2)))
     with pytest.raises(InputError, match="fpr lambda: found -1"):
         run(red, prior, guidance="ids", fpr_lambda=-1)
+    broken = red._replace(means=red.means.index_fill(0, torch.tensor([3]), math.nan))
+    with pytest.raises(InputError, match=r"scene: means, row 3, component 0: found nan, expected a finite number \(1 of"):
+        next(edit(broken, "a pig", "a cat", model=prior))
     with pytest.raises(InputError, match="not a rig"):
         run(red, prior, cameras="sphere")
     with pytest.raises(InputError, match="64x64"):

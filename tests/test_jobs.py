@@ -476,6 +476,11 @@ def test_mistakes_are_told_at_once(scene, settings, words, scene_file, cloud, mo
     assert not [thread for thread in set(threading.enumerate()) - running if thread.name == "splatedit-edit"]
 
 
+def test_splats_that_are_not_finite_are_told_at_once(cloud):
+    with pytest.raises(InputError, match="scene: opacities, row 7, component 0: found inf"):
+        start(cloud._replace(opacities=cloud.opacities.index_fill(0, torch.tensor([7]), math.inf)), "a pig", "a cat")
+
+
 def test_the_settings_of_an_edit_in_memory_are_those_that_config_knows():
     given = dict(
         steps=7, t_range=(0.1, 0.5), cameras="orbit", views=9, mask=torch.ones(3), hold=Hold(anchor=0.1), model=object()

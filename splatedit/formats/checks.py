@@ -13,11 +13,11 @@ from splatedit.errors import InputError
 from splatedit.gaussians import PARAMETERS, SH_REST, Gaussians
 
 
-def check_read(gaussians: Gaussians, path: Path, keys: Mapping[str, str] | None = None) -> Gaussians:
+def check_read(gaussians: Gaussians, path: Path | str, keys: Mapping[str, str] | None = None) -> Gaussians:
     """The same Gaussians, if there is one, all numbers are finite and no quaternion is 0; else InputError with the row.
 
-    For formats without columns of their own: the message names the parameter, by its key in the file where `keys` has
-    one, its component and the row.
+    For formats without columns of their own, and for scenes from memory: the message names the parameter, by its key in
+    the file where `keys` has one, its component and the row.
     """
     key = {name: name for name in PARAMETERS} | dict(keys or {})
     n = gaussians.n

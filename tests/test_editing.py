@@ -203,7 +203,7 @@ def test_mistakes_are_named(red, prior):
     with pytest.raises(InputError, match="fpr lambda: found -1"):
         run(red, prior, guidance="ids", fpr_lambda=-1)
     broken = red._replace(means=red.means.index_fill(0, torch.tensor([3]), math.nan))
-    with pytest.raises(InputError, match=r"scene: means, row 3, component 0: found nan, expected a finite number \(1 of"):
+    with pytest.raises(InputError, match=r"scene: means, row 3, component 0: found nan, expected a finite number"):
         next(edit(broken, "a pig", "a cat", model=prior))
     with pytest.raises(InputError, match="not a rig"):
         run(red, prior, cameras="sphere")

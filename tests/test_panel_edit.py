@@ -515,6 +515,9 @@ def test_the_panels_thread_ends_with_the_viewer(cloud, scene_file):
 
 
 # --------------------------------------------------------------------------------------------------------- in a browser
+STEPS = 4000  # so many that none of these edits comes to its end by itself, however slow the browser is
+
+
 @pytest.fixture
 def cat(tmp_path):
     """The front of the cat as 1,500 splats, in one file."""
@@ -532,7 +535,7 @@ def viewer(cat, tmp_path, browser):
     from splatedit.viewer import view
 
     words = ["cameras=dome:8", "lr_sh0=0.1", "views_per_step=1", "guidance_scale=7.5", "guidance=dds"]
-    options = {"scene": str(cat), "prompt": "a fox", "steps": 400, "output_dir": str(tmp_path / "out")}
+    options = {"scene": str(cat), "prompt": "a fox", "steps": STEPS, "output_dir": str(tmp_path / "out")}
     app = view(cat, config=load_config(options=options, words=words))
     page = open_page(browser, app.url, 1000, 700)
     yield app, page
@@ -561,7 +564,7 @@ def test_an_edit_from_the_panel_can_be_watched_held_and_stopped(viewer):
     before, _ = colour(page)
     press(page, "Run")
     until(page, lambda: colour(page)[0] > before + 12, "the grey cat turns into the orange of a fox", 180)
-    assert app.job.state == "running" and app.job.done < 400, "while the edit goes on"
+    assert app.job.state == "running" and app.job.done < STEPS, "while the edit goes on"
     keep(page, "edit-running")
 
     press(page, "Pause")
@@ -591,7 +594,7 @@ def test_an_edit_from_the_panel_can_be_watched_held_and_stopped(viewer):
     keep(page, "edit-stopped")
 
     stopped, done = app.job, app.job.done
-    press(page, f"Go on from step {done} of 400")
+    press(page, f"Go on from step {done} of {STEPS}")
     until(page, lambda: app.job is not stopped and app.job.last is not None, "it goes on", 120)
     assert app.job.folder == stopped.folder and app.job.last.index >= done and app.config.prompt == "a fox"
     until(page, lambda: colour(page)[0] > before + 12, "with what was done")

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def browser():
+def chromium():
     """Headless Chromium, one for the whole session: two synchronous playwrights in a process break each other."""
     import shutil
 
@@ -40,6 +40,14 @@ def browser():
         running = play.chromium.launch(executable_path=program, args=flags)
         yield running
         running.close()
+
+
+@pytest.fixture
+def browser(chromium):
+    """Chromium without the pages of tests before: one that is left open goes on drawing, and slows down all others."""
+    yield chromium
+    for context in chromium.contexts:
+        context.close()
 
 
 @pytest.fixture

@@ -59,6 +59,7 @@ class App:
         self.finished: Job | None = None  # the newest one whose end was told
         self.unseen: deque[tuple[str, str, Literal["red", "green", "blue"]]] = deque(maxlen=20)
         self.closed = threading.Event()
+        self.moved: set[int] = set()  # browsers that look from farther away
         self.served = served or serve(host, port, origins=origins)
         self.server, self.token, _ = self.served
         self.quick, self.slow = Worker("actions"), Worker("background")
@@ -154,9 +155,15 @@ class App:
             self.notify(title, body, color=color, stay=True)
 
     def fit(self, client: viser.ClientHandle) -> None:
-        """Look from farther away in a window that is higher than wide, unless somebody has moved the camera."""
+        """Look from farther away in a window that is higher than wide, once, unless somebody has moved the camera.
+
+        The camera may come back to that very place later, as one of the edit's.
+        """
+        if client.camera.aspect >= 1 or client.client_id in self.moved:
+            return
         first = framing.place(*frame(self.stage.shown))
-        if client.camera.aspect < 1 and np.allclose(client.camera.position, first.position, rtol=1e-4):
+        if np.allclose(client.camera.position, first.position, rtol=1e-4):
+            self.moved.add(client.client_id)
             framing.move(client, *frame(self.stage.shown))
 
     def count(self) -> None:

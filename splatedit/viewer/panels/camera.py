@@ -315,10 +315,10 @@ class Keyframes:
                     paths.go(client, view)
                 going = self.loop.value
         finally:
-            self.stop.set()
-            self.play.label, self.play.icon = "Play", Icon.PLAYER_PLAY
             if client.client_id in server.get_clients():
                 client.camera.up_direction = above  # else the mouse would turn around the last view's own
+            self.stop.set()
+            self.play.label, self.play.icon = "Play", Icon.PLAYER_PLAY
 
     def store(self, event: Any) -> None:
         """Save, load, clear."""
